@@ -1,0 +1,41 @@
+# make demo | test | notebooks | readme | clean
+PYTHON ?= python3
+VENV    = .venv
+BIN     = $(VENV)/bin
+SASFORMER_DATA ?= $(wildcard $(abspath ../shared/data))
+export SASFORMER_DATA
+# notebooks and tests run side by side with one thread each: two threads on two cores would only wait for each other
+export OMP_NUM_THREADS ?= 1
+export PYTHONDONTWRITEBYTECODE = 1
+
+.PHONY: demo test check notebooks readme clean
+
+$(VENV)/.installed: settings.ini setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=24"
+	$(BIN)/pip install --quiet --prefer-binary -e ".[dev,tensorboard]"
+	touch $@
+
+# baseline and SASFormer on the built-in scenes, one core each, then both mIoUs and a picture
+demo: $(VENV)/.installed
+	$(BIN)/python -m sasformer.demo
+
+check: $(VENV)/.installed
+	$(BIN)/python -m pytest -q tests/test_repository.py
+
+test: $(VENV)/.installed
+	$(BIN)/nbdev_test --n_workers 2 --timing
+	$(BIN)/python -m pytest -q --durations=10 tests
+
+# every notebook from top to bottom, then the export, clean metadata and the README
+notebooks: $(VENV)/.installed
+	cd nbs && for f in [0-9]*.ipynb quickstart.ipynb index.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(MAKE) readme
+
+readme: $(VENV)/.installed
+	$(BIN)/python tests/render_readme.py
+
+clean:
+	rm -rf $(VENV) demo runs *.egg-info .pytest_cache _proc

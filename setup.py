@@ -1,0 +1,17 @@
+"Reads `settings.ini`; everything that could be changed is there"
+from configparser import ConfigParser
+from setuptools import setup, find_packages
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf8')
+cfg = config['DEFAULT']
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
+    url=cfg['git_url'], license='Apache-2.0', keywords=cfg['keywords'].split(), python_requires='>='+cfg['min_python'],
+    packages=find_packages(include=['sasformer', 'sasformer.*']), include_package_data=True,
+    long_description=open('README.md', encoding='utf8').read(), long_description_content_type='text/markdown',
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard']},
+    entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['sasformer=sasformer._modidx:d']},
+)
