@@ -6,7 +6,7 @@
 __all__ = ['MEAN_COLOUR', 'Geometry', 'warp_image', 'warp_labels', 'SparseMask', 'SparseDataset', 'SparseDL', 'global_sum',
            'colour_labels', 'blend', 'class_legend', 'show_rows', 'ToModel', 'sparse_dataloaders']
 
-# %% ../nbs/02_data.ipynb #47c4aa2b
+# %% ../nbs/02_data.ipynb #465d9d4b
 import numpy as np, torch, torch.distributed as dist
 from PIL import Image
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from fastai.vision.all import (TfmdDL, DataLoaders, TensorImage, TensorMask, Dis
 from .annotations import UNLABELLED, PADDING
 from .datasets import Source
 
-# %% ../nbs/02_data.ipynb #8f2d4cec
+# %% ../nbs/02_data.ipynb #0707e481
 class Geometry:
     "Scale, crop window and flip of one augmented sample; output pixel + `offset` over `scale` is an input pixel"
     def __init__(self,
@@ -48,7 +48,7 @@ class Geometry:
         canvas[y:y+h, x:x+w] = part
         return canvas[:, ::-1] if self.flip else canvas
 
-# %% ../nbs/02_data.ipynb #4e9914bc
+# %% ../nbs/02_data.ipynb #984c0c61
 MEAN_COLOUR = np.array(imagenet_stats[0])*255
 
 def warp_image(
@@ -63,7 +63,7 @@ def warp_image(
     if shift: part = np.clip(part+np.float32(shift), 0, 255).round().astype(np.uint8)
     return g.place(part, MEAN_COLOUR.round())
 
-# %% ../nbs/02_data.ipynb #3726cfd4
+# %% ../nbs/02_data.ipynb #c7d70035
 def warp_labels(
     labels:np.ndarray,  # (H, W) uint8 label map
     g:Geometry,         # What to cut out
@@ -83,7 +83,7 @@ def warp_labels(
         out[i[missed], j[missed]] = labels[r[missed], c[missed]]
     return g.place(out, PADDING)
 
-# %% ../nbs/02_data.ipynb #3934a518
+# %% ../nbs/02_data.ipynb #b9ab7471
 class SparseMask(TensorMask):
     "A label map as a tensor: class ids, 255 unlabelled, 254 padding"
 
@@ -130,7 +130,7 @@ class SparseDataset:
             image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
         return TensorImage(torch.tensor(np.array(image)).permute(2,0,1)), SparseMask(torch.tensor(np.array(labels)))
 
-# %% ../nbs/02_data.ipynb #644f0560
+# %% ../nbs/02_data.ipynb #54cd5ac5
 class SparseDL(TfmdDL):
     "A `TfmdDL` whose order depends on the seed and the epoch only; `bs` is shared out among the processes"
     def __init__(self, dataset, bs=16, shuffle=False, num_workers=0, drop_last=False, **kwargs):
@@ -151,7 +151,7 @@ class SparseDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **merge(dict(bs=self.bs*self.world), kwargs))
 
-# %% ../nbs/02_data.ipynb #89e71d7f
+# %% ../nbs/02_data.ipynb #553cc74c
 def global_sum(
     t:torch.Tensor, # Any tensor of one process
 )->torch.Tensor:    # The sum over all processes (no gradient); `t` itself where there is one
@@ -161,7 +161,7 @@ def global_sum(
     dist.all_reduce(t)
     return t
 
-# %% ../nbs/02_data.ipynb #adbdf0ee
+# %% ../nbs/02_data.ipynb #68497f42
 def colour_labels(
     labels:np.ndarray,      # (H, W) label map
     palette:np.ndarray,     # (C, 3) uint8 colours
@@ -201,7 +201,7 @@ def show_rows(
     class_legend(fig, ids, src.classes, src.palette, fontsize=8)
     return fig
 
-# %% ../nbs/02_data.ipynb #3a8191ce
+# %% ../nbs/02_data.ipynb #5f469ac2
 def _samples(dl, b, max_n):
     x, y = dl.decode(b)[:2]
     return [(a.permute(1,2,0).numpy().astype(np.uint8), m.numpy().astype(np.uint8)) for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
@@ -220,7 +220,7 @@ def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     size = lambda p, y: np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
     return show_rows([(x, y, size(p, y)) for (x,y),p in zip(s, out)], ('image','labels','prediction'), src, **kwargs)
 
-# %% ../nbs/02_data.ipynb #0715486b
+# %% ../nbs/02_data.ipynb #5efe6f45
 class ToModel(DisplayedTransform):
     "uint8 images to normalised floats, label maps to int64, on the batch's device"
     order = 10
@@ -255,9 +255,10 @@ def sparse_dataloaders(
     device=None,               # Where batches go; None: fastai's default
     **augment                  # Passed to `SparseDataset`: scales, aspect, brightness, flip
 )->DataLoaders:
-    "Loaders of augmented sparse training crops and of whole validation images with dense masks"
+    "Loaders of augmented sparse training crops and of whole validation images"
     train = SparseDataset(src, src.splits['train'], annotation, _size(size), True, seed=seed, cache_mb=cache_mb, **augment)
-    valid = SparseDataset(src, src.splits['val'], 'dense', seed=seed, cache_mb=val_cache_mb)
+    # without dense masks, validation can only look at the labelled pixels
+    valid = SparseDataset(src, src.splits['val'], 'dense' if src.mask_kind=='dense' else annotation, seed=seed, cache_mb=val_cache_mb)
     world = max(1, num_distrib())
     if val_bs is None: val_bs = bs if _one_size(src, src.splits['val']) else world
     kw = dict(num_workers=num_workers, after_batch=[ToModel()], device=device)

@@ -261,7 +261,7 @@ def folder(
     path,               # Holds the folders below
     classes=None,       # Names in id order, or a text file of them; by default codes.txt or classes.txt
     images='images',    # Folder of images, flat or with train/ and val/
-    masks='masks',      # Folder of masks, parallel to `images`; None if there are only sparse ones in folders named by their kind
+    masks='masks',      # Folder of masks, parallel to `images`; where it is missing, folders named by their kind (scribble, point, block10…) do
     ending='',          # What a mask's name has more than its image's, such as '_mask'
     kind='dense',       # What `masks` hold: 'dense', or the kind of sparse annotation they are
     val=0.2, seed=0,    # Share and seed of the validation set where the folders are flat
@@ -269,6 +269,7 @@ def folder(
 )->Source:
     "A folder of images with masks"
     path = Path(path)
+    if not (path/str(masks)).is_dir() and any((path/k).is_dir() for k in KINDS): masks = None
     if kind!='dense' and kind not in KINDS: raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
     parts = _folder_splits(path/images, val, seed)
     files,released = {k:f for p in parts.values() for k,f in p.items()},{}

@@ -1,0 +1,83 @@
+"Training as users start it: several processes, killed and resumed, and what a run leaves behind"
+import csv, json, os, signal, socket, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+# small enough for seconds; float32 and no dropout, so that processes and restarts can be compared exactly
+SMALL = ('--data scenes --annotation scribble --size 64 --bs 16 --opt adamw --lr 1e-3 --precision fp32 '
+         '--drop_path 0 --dropout 0 --alpha 1.2 --form released').split()
+
+def program(*args, processes=1):
+    "The command, as a shell would run it; `torchrun` for several processes"
+    env = dict(os.environ, OMP_NUM_THREADS='1', ACCELERATE_USE_CPU='true', CUDA_VISIBLE_DEVICES='', PYTHONUNBUFFERED='1')
+    cmd = [sys.executable, '-m', 'sasformer.train']
+    if processes > 1:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        cmd = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', str(processes), '--master_port', str(port), '-m', 'sasformer.train']
+    return cmd + SMALL + [str(a) for a in args], env
+
+def start(*args, **kwargs):
+    cmd, env = program(*args, **kwargs)
+    return subprocess.Popen(cmd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+def finish(p):
+    out, _ = p.communicate(timeout=600)
+    assert p.returncode == 0, out
+    return out
+
+def rows(folder): return list(csv.DictReader((folder/'log.csv').open()))
+def weights(folder): return load_file(folder/'last.safetensors')
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "An uninterrupted run in one process, and what it printed"
+    out = tmp_path_factory.mktemp('runs')/'whole'
+    return out, finish(start('--epochs', 3, '--out', out))
+
+def test_a_run_and_its_folder(whole):
+    out, printed = whole
+    assert printed.startswith('1 process on cpu')
+    assert sum(line.startswith('epoch ') for line in printed.splitlines()) == 3     # one plain line per epoch
+    assert '\r' not in printed and '\x1b' not in printed                           # and no control characters
+    names = {f.name for f in out.iterdir()}
+    assert names == {'settings.json', 'log.csv', 'state.pt', 'best.safetensors', 'last.safetensors', 'model.json', 'result.json', 'curves.png', 'examples.png'}
+    result = json.loads((out/'result.json').read_text())
+    assert result['settings']['alpha'] == 1.2 and len(result['curve']) == 3 and result['peak_memory_mb'] > 0
+    assert all(float(r['aff1']) > 0 for r in rows(out))
+
+def test_two_processes_equal_one(whole, tmp_path):
+    "Same global batch: same losses and metric (float32 sums in another order: 1e-3 relative)"
+    one, _ = whole
+    out = tmp_path/'two'
+    printed = finish(start('--epochs', 3, '--out', out, processes=2))
+    assert '2 processes on cpu' in printed
+    assert json.loads((out/'result.json').read_text())['processes'] == 2
+    for a, b in zip(rows(one), rows(out), strict=True):
+        for name in ('train_loss', 'valid_loss', 'miou', 'pixel_accuracy', 'mean_accuracy', 'aff1', 'aff4'):
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=1e-3, abs=2e-3 if name in ('miou', 'mean_accuracy') else 1e-5), name
+
+def test_killed_and_resumed(whole, tmp_path):
+    "SIGKILL in the middle of an epoch, then --resume: the weights of the uninterrupted run, bit for bit"
+    one, _ = whole
+    out = tmp_path/'cut'
+    p = start('--epochs', 3, '--out', out)
+    try:
+        until = time.time()+300
+        while not (out/'state.pt').exists():
+            assert p.poll() is None and time.time() < until, p.stdout.read()
+            time.sleep(.05)
+        time.sleep(.3)                      # into the next epoch
+    finally: p.send_signal(signal.SIGKILL)
+    p.wait()
+    assert not (out/'result.json').exists()
+    again = subprocess.run(program('--epochs', 3, '--out', out)[0], env=program()[1], capture_output=True, text=True)
+    assert again.returncode == 2 and 'resume it' in again.stderr
+    finish(start('--epochs', 3, '--out', out, '--resume'))
+    a, b = weights(one), weights(out)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert [r['miou'] for r in rows(one)] == [r['miou'] for r in rows(out)]
