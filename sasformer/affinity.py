@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'Form', 'counted_rows', 'block_loss',
            'affinity_loss', 'combine', 'AffinityLoss']
 
-# %% ../nbs/20_affinity.ipynb #5fc9f543
+# %% ../nbs/20_affinity.ipynb #3c295555
 import dataclasses, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.all import *
@@ -15,7 +15,7 @@ from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
 from .data import global_sum
 
-# %% ../nbs/20_affinity.ipynb #26b07c2a
+# %% ../nbs/20_affinity.ipynb #5f1782a9
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
     q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
@@ -34,7 +34,7 @@ def propagate(
         chunks.append(F.scaled_dot_product_attention(q, k, v, scale=layers[0].scale).float().mean(1))
     return torch.cat(chunks, -1)[..., :C]
 
-# %% ../nbs/20_affinity.ipynb #f5068fd5
+# %% ../nbs/20_affinity.ipynb #9a583789
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -56,20 +56,20 @@ class Form:
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #6343226a
+# %% ../nbs/20_affinity.ipynb #199a7492
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #70b485dc
+# %% ../nbs/20_affinity.ipynb #7169dd46
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #9e9e4bbd
+# %% ../nbs/20_affinity.ipynb #fe7c6909
 def counted_rows(
     target:Tensor,  # Label map, (B, H, W)
     size:tuple,     # Height and width of the block's queries
@@ -122,7 +122,7 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
     terms = torch.stack(list(terms.values()))
     return terms.mean() if over_blocks=='mean' else terms.sum()
 
-# %% ../nbs/20_affinity.ipynb #0abaa852
+# %% ../nbs/20_affinity.ipynb #e759c226
 class AffinityLoss(Callback):
     "Adds α·L_aff to the loss of a `Learner`; the model is only tapped, never changed"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context

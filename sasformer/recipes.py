@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #949e4ce6
+# %% ../nbs/50_recipes.ipynb #814e589d
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data import sparse_dataloaders
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #e1988242
+# %% ../nbs/50_recipes.ipynb #a79c330a
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -25,6 +25,7 @@ class Recipe:
     path:str|None = None             # Folder of the data set; scenes need none
     annotation:str = 'scribble'      # Training labels: dense, point, scribble, block10, block20, block50; options as in 'scribble:length=0.5,drop=0.2'
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
+    decoder_dim:int = 256            # Channels inside the decoder
     weights:str|None = None          # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
     last_stride:int|None = None      # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
     method:str = 'sasformer'         # 'baseline' (partial cross-entropy alone) or 'sasformer' (with the affinity loss)
@@ -69,7 +70,7 @@ class Recipe:
         among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2))
         parse_annotation(self.annotation.removeprefix('sim_'))
         if (self.epochs is None)==(self.iterations is None): raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-        for n in ('size','bs','epochs','iterations','validate_every','lr'):
+        for n in ('size','bs','decoder_dim','epochs','iterations','validate_every','lr'):
             if getattr(self,n) is not None and getattr(self,n)<=0: raise ValueError(f"{n}={getattr(self,n)}: expected more than 0")
         for n in ('alpha','wd','num_workers','cache_mb'):
             if getattr(self,n)<0: raise ValueError(f"{n}={getattr(self,n)}: expected 0 or more")
@@ -86,12 +87,12 @@ class Recipe:
         given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, detach=None if self.detach is None else tuple(self.detach))
         return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #cc4aead6
+# %% ../nbs/50_recipes.ipynb #10fa0f04
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #b04f93e0
+# %% ../nbs/50_recipes.ipynb #7cd7f779
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on; where the data and the weights lie is not part of it"
@@ -124,7 +125,7 @@ def learner(self:Recipe,
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if folder is not None: cbs = L(cbs)+RunFolder(folder, self.settings(), resume, tensorboard)
     learn = sparse_learner(dls, self.model, METHODS[self.method](self), self.lr, self.head_lr, self.opt, self.wd, self.no_decay, self.precision,
-                           self.channels_last, self.seed, self.validate_every, cbs, dropout=self.dropout, **backbone)
+                           self.channels_last, self.seed, self.validate_every, cbs, decoder_dim=self.decoder_dim, dropout=self.dropout, **backbone)
     learn.recipe = self
     return learn
 
@@ -134,12 +135,12 @@ def run(self:Recipe, learn):
     learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #d955462a
+# %% ../nbs/50_recipes.ipynb #cfed25f2
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4, cache_mb=8000)
 RECIPES = dict(
     scenes=dict(data='scenes', size=128, epochs=30),
-    camvid=dict(data='camvid', size=256, epochs=20, lr=5e-4, validate_every=5),
+    camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
     voc2012_point=dict(_paper, annotation='point', alpha=.2))

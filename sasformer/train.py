@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_options', 'train_parser', 'plot_curves', 'example_sheet', 'start_processes', 'train', 'main']
 
-# %% ../nbs/60_train.ipynb #e7624bbd
+# %% ../nbs/60_train.ipynb #14d6479a
 import argparse, dataclasses, json, os, sys, types, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -16,7 +16,7 @@ from .learner import write_json, environment
 from .annotations import replacing
 from .data import show_rows
 
-# %% ../nbs/60_train.ipynb #c760a24b
+# %% ../nbs/60_train.ipynb #939cd25b
 def _truth(s):
     if s.lower() in ('true','yes','1'): return True
     if s.lower() in ('false','no','0'): return False
@@ -41,9 +41,10 @@ def train_parser():
     p.add_argument('--device', default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     p.add_argument('--list', action='store_true', help="Print the recipes and end")
     recipe_options(p)
+    p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")   # one line, not thirty of usage before it
     return p
 
-# %% ../nbs/60_train.ipynb #17d430aa
+# %% ../nbs/60_train.ipynb #f214a261
 def plot_curves(
     rows:list,  # Rows of a run's log, dicts
 ):
@@ -75,7 +76,7 @@ def example_sheet(
         rows.append((np.asarray(image), mask, pred))
     return show_rows(rows, ('image','mask','prediction'), ds.src)
 
-# %% ../nbs/60_train.ipynb #bf1bd045
+# %% ../nbs/60_train.ipynb #0ed2cc06
 def start_processes(device=None):
     "Connect the processes that a launcher has started; the number of them"
     n = max(1, num_distrib())
@@ -106,7 +107,7 @@ def train(
         plt.close(fig)
     return json.loads((out/'result.json').read_text())
 
-# %% ../nbs/60_train.ipynb #169ce9f3
+# %% ../nbs/60_train.ipynb #dfbda6ed
 def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
@@ -132,5 +133,5 @@ def main(args=None):
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if result: print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) in {result['seconds']:.0f} s; see {out}")
 
-# %% ../nbs/60_train.ipynb #4e16fb34
+# %% ../nbs/60_train.ipynb #16138678
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
