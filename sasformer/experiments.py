@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_experiment', 'read_results', 'result_table', 'main']
 
-# %% ../nbs/65_experiments.ipynb #149bb13b
-import argparse, json, os, subprocess, sys, time
+# %% ../nbs/65_experiments.ipynb #39bff822
+import argparse, dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import *
-from .recipes import recipe
+from .recipes import Recipe, recipe
 from .learner import write_json
 
-# %% ../nbs/65_experiments.ipynb #5ff46a5e
+# %% ../nbs/65_experiments.ipynb #98af4031
 def _cells(base, variants, seeds):
     "Name → fields, for all variants and seeds"
     return {f"{name}-seed{s}": {**base, **v, 'seed': s} for name,v in variants.items() for s in range(seeds.get(name, 1) if isinstance(seeds, dict) else seeds)}
@@ -30,15 +30,15 @@ EXPERIMENTS = dict(
                             'dense-baseline': dict(annotation='dense', **_baseline)}, 3),
     # one change at a time to SASFormer on points, one seed
     camvid_switches=_cells({**_camvid, 'annotation': 'point', **_sasformer}, {
-        'released': dict(form='released', alpha=1.2), 'paper': dict(form='paper', alpha=1.2),
-        'L1-block4-start.2': dict(double=False, blocks='4', alpha=1.2, start=.2),
-        'CE-block4-start.2': dict(double=False, distance='CE', blocks='4', alpha=.5, start=.2),
-        'CE-block34-start.2': dict(double=False, distance='CE', blocks='3,4', alpha=.5, start=.2),
-        'CE-block4-alpha.2': dict(double=False, distance='CE', blocks='4', alpha=.2, start=.2),
-        'L1-block4-alpha2.4': dict(double=False, blocks='4', alpha=2.4, start=.2),
+        'released': dict(form='released', alpha=1.2),
+        'paper': dict(form='paper', alpha=1.2),
+        'block4-L1': dict(double=False, blocks='4', alpha=1.2, start=.2),
+        'block4-CE': dict(double=False, distance='CE', blocks='4', alpha=.5, start=.2),
+        'fixed-P': dict(double=False, detach='P', alpha=1.2),
+        'fixed-P-blocks34': dict(double=False, detach='P', blocks='3,4', alpha=1.2),
         }, 1))
 
-# %% ../nbs/65_experiments.ipynb #3e43aa69
+# %% ../nbs/65_experiments.ipynb #1d3f0730
 def _command(cell, out, path, weights):
     "The command line of a cell"
     c = dict(cell)
@@ -51,6 +51,11 @@ def _settings(cell, weights):
     c = {k:v for k,v in cell.items() if k!='recipe'}
     if c.get('weights')=='pretrained': c['weights'] = weights or 'pretrained'
     return recipe(cell['recipe'], **c).settings()
+
+def _differences(old, new):
+    "Where settings differ; a field that an old file does not know has its default"
+    default = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
 
 def run_experiment(
     cells:dict,         # Name → fields, as in `EXPERIMENTS`
@@ -68,10 +73,9 @@ def run_experiment(
         if cell.get('weights')=='pretrained' and weights is None: raise ValueError(f"{name} starts from pretrained weights: give --weights")
         file = results/f'{name}.json'
         if file.exists():
-            old, new = json.loads(file.read_text())['settings'], _settings(cell, weights)
-            if old==new: continue
-            raise ValueError(f"{file} has other settings than its cell: "+', '.join(f"{k} {old.get(k)!r} → {v!r}" for k,v in new.items() if old.get(k)!=v)+"; remove it to run it again")
-        todo.append(name)
+            if differ := _differences(json.loads(file.read_text())['settings'], _settings(cell, weights)):
+                raise ValueError(f"{file} has other settings than its cell: {differ}; remove it to run it again")
+        else: todo.append(name)
     while todo or running:
         while todo and len(running)<jobs:
             name = todo.pop(0)
@@ -92,7 +96,7 @@ def run_experiment(
             done.append(name)
     return done
 
-# %% ../nbs/65_experiments.ipynb #72e1f83a
+# %% ../nbs/65_experiments.ipynb #737c4ffa
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -119,7 +123,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_experiments.ipynb #260135db
+# %% ../nbs/65_experiments.ipynb #1462a89b
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.experiments', description="Run what is missing of an experiment.", allow_abbrev=False)
     p.add_argument('experiment', choices=tuple(EXPERIMENTS), help="Which comparison")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #814e589d
+# %% ../nbs/50_recipes.ipynb #26f95069
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data import sparse_dataloaders
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #a79c330a
+# %% ../nbs/50_recipes.ipynb #143e4d53
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -47,8 +47,9 @@ class Recipe:
     head_lr:float = 1.               # The decoder's, as a multiple
     wd:float = .01                   # Weight decay
     no_decay:bool = True             # Spare biases and norms from weight decay
+    schedule:str = 'poly'            # Of the learning rate: poly (warm-up, then polynomial decay) or onecycle (fastai's)
     warmup:float = .05               # Share of the training over which the learning rate rises
-    power:float = .9                 # Exponent of its polynomial decay
+    power:float = .9                 # Exponent of the polynomial decay
     drop_path:float = .1             # Stochastic depth of MiT
     dropout:float = .1               # Dropout before the classifier
     scale_min:float = .5             # Smallest random scale
@@ -67,7 +68,7 @@ class Recipe:
         def among(name, value, allowed):
             if value is not None and value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
         among('data', self.data, tuple(SOURCES)); among('method', self.method, tuple(METHODS)); among('form', self.form, tuple(FORMS))
-        among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2))
+        among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2)); among('schedule', self.schedule, ('poly','onecycle'))
         parse_annotation(self.annotation.removeprefix('sim_'))
         if (self.epochs is None)==(self.iterations is None): raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
         for n in ('size','bs','decoder_dim','epochs','iterations','validate_every','lr'):
@@ -87,12 +88,12 @@ class Recipe:
         given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, detach=None if self.detach is None else tuple(self.detach))
         return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #10fa0f04
+# %% ../nbs/50_recipes.ipynb #80a43ffe
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #7cd7f779
+# %% ../nbs/50_recipes.ipynb #d439f9de
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on; where the data and the weights lie is not part of it"
@@ -132,10 +133,11 @@ def learner(self:Recipe,
 @patch
 def run(self:Recipe, learn):
     "Train a learner of this recipe as it says"
-    learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
+    if self.schedule=='poly': learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
+    else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #cfed25f2
+# %% ../nbs/50_recipes.ipynb #009526ab
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4, cache_mb=8000)
 RECIPES = dict(
