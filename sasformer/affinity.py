@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'Form', 'counted_rows', 'block_loss',
            'affinity_loss', 'combine', 'AffinityLoss']
 
-# %% ../nbs/20_affinity.ipynb #3c295555
+# %% ../nbs/20_affinity.ipynb #b9347769
 import dataclasses, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.all import *
@@ -15,7 +15,7 @@ from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
 from .data import global_sum
 
-# %% ../nbs/20_affinity.ipynb #5f1782a9
+# %% ../nbs/20_affinity.ipynb #ec337ab6
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
     q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
@@ -34,7 +34,7 @@ def propagate(
         chunks.append(F.scaled_dot_product_attention(q, k, v, scale=layers[0].scale).float().mean(1))
     return torch.cat(chunks, -1)[..., :C]
 
-# %% ../nbs/20_affinity.ipynb #9a583789
+# %% ../nbs/20_affinity.ipynb #7fbacf49
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -44,6 +44,7 @@ class Form:
     blocks:tuple|None = None        # Encoder blocks by index from 1; None: all
     over_blocks:str = 'mean'        # 'mean' or 'sum'
     distance:str = 'L1'             # 'L1', 'L2', 'KL' or 'CE'
+    temperature:float = 1.          # Of the attention: its scores are divided by it, so below 1 it is sharper than the network's own
     detach:tuple = ()               # What is held fixed, of 'A' (attention), 'V' (propagated scores P'), 'P' (prediction)
 
     def __post_init__(self):
@@ -53,23 +54,24 @@ class Form:
         for name in ('blocks','detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
+        if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #199a7492
+# %% ../nbs/20_affinity.ipynb #592e360c
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #7169dd46
+# %% ../nbs/20_affinity.ipynb #cf7b7f0e
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #fe7c6909
+# %% ../nbs/20_affinity.ipynb #62fcc796
 def counted_rows(
     target:Tensor,  # Label map, (B, H, W)
     size:tuple,     # Height and width of the block's queries
@@ -93,6 +95,7 @@ def block_loss(
     propagate=propagate # Or `propagate_plain`, to compare
 )->Tensor:              # Scalar
     "One block's term: mean over the counted positions of the distance between Y* and P*"
+    if form.temperature!=1: layers = [o._replace(scale=o.scale/form.temperature) for o in layers]
     if 'A' in form.detach: layers = [o._replace(q=o.q.detach(), k=o.k.detach()) for o in layers]
     v, p = (_resized(logits, size, form.scores) for size in (layers[0].k_size, layers[0].q_size))
     if 'V' in form.detach: v = v.detach()
@@ -122,7 +125,7 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
     terms = torch.stack(list(terms.values()))
     return terms.mean() if over_blocks=='mean' else terms.sum()
 
-# %% ../nbs/20_affinity.ipynb #e759c226
+# %% ../nbs/20_affinity.ipynb #3c0e3876
 class AffinityLoss(Callback):
     "Adds α·L_aff to the loss of a `Learner`; the model is only tapped, never changed"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context

@@ -8,7 +8,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'parameter_groups', 'SparseLearner', 'sparse_learner', 'write_json', 'save_segmenter', 'load_segmenter',
            'environment', 'peak_memory', 'RunFolder', 'rows_to_csv']
 
-# %% ../nbs/31_learner.ipynb #61050729
+# %% ../nbs/31_learner.ipynb #c1033744
 import csv, io, os, sys, json, math, time, platform, subprocess, contextlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
@@ -24,7 +24,7 @@ from .data import global_sum
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 
-# %% ../nbs/31_learner.ipynb #9668d767
+# %% ../nbs/31_learner.ipynb #873a38d4
 def logits_at(
     logits:Tensor,  # (B, C, h, w)
     on:Tensor,      # Which pixels, (B, H, W) bool
@@ -41,7 +41,7 @@ def _neighbours(i, n, N):
     low = s.long()
     return low, (low+1).clamp_max(n-1), (s-low)[:,None]
 
-# %% ../nbs/31_learner.ipynb #f90c46b2
+# %% ../nbs/31_learner.ipynb #4923b9bd
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
@@ -69,7 +69,7 @@ class PartialCrossEntropy:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/31_learner.ipynb #5551845c
+# %% ../nbs/31_learner.ipynb #d5a7b798
 class PlainTensors(Callback):
     "Batches as plain tensors"
     order = -5
@@ -89,7 +89,7 @@ class Autocast(Callback):
         self.context = None
     after_loss = after_cancel_batch = _leave
 
-# %% ../nbs/31_learner.ipynb #23cc1c53
+# %% ../nbs/31_learner.ipynb #052167b2
 class SeedEpoch(Callback):
     "Each epoch starts from (seed, epoch, process): the data's order and augmentation, dropout, drop path"
     order = -10
@@ -115,7 +115,7 @@ class EpochLines(Callback):
         print(f"epoch {log[0]+1}/{self.n_epoch}  "+'  '.join(f"{n} {v:.4f}" if isinstance(v,float) else f"{n} {v}" for n,v in named), flush=True)
     def after_fit(self): self.learn.logger = self.old
 
-# %% ../nbs/31_learner.ipynb #4cdf331a
+# %% ../nbs/31_learner.ipynb #503f08ce
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
     def forward(self, x):
@@ -152,7 +152,7 @@ class Distributed(Callback):
         if self.training: self.learn.loss = global_sum(self.loss)/num_distrib()
     def after_fit(self): self.learn.model, self.ddp = self.bare, None
 
-# %% ../nbs/31_learner.ipynb #93ba579e
+# %% ../nbs/31_learner.ipynb #fbacde6a
 class PixelLoss(Metric):
     "Mean loss per labelled pixel, over all batches and processes"
     name = 'loss'
@@ -166,7 +166,7 @@ class PixelLoss(Metric):
         total, n = global_sum(self.sums.to(device)).tolist()
         return total/max(n, 1)
 
-# %% ../nbs/31_learner.ipynb #5c8b3597
+# %% ../nbs/31_learner.ipynb #a5b48bd2
 def poly_schedule(
     lr,              # Highest learning rate, or one per parameter group
     power:float=.9,  # Exponent
@@ -191,7 +191,7 @@ def fit_poly(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(epochs, lr=lrs, wd=wd, cbs=L(ParamScheduler({'lr': poly_schedule(lrs, power, warmup)}))+L(cbs))
 
-# %% ../nbs/31_learner.ipynb #d60c431a
+# %% ../nbs/31_learner.ipynb #56d35392
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone` and `decoder`
 )->L:                 # Lists of parameters: backbone, its biases and norms, decoder, its biases and norms
@@ -239,17 +239,18 @@ def sparse_learner(
     if validate_every>1: callbacks.append(ValidateEvery(validate_every))
     if num_distrib()>1: callbacks.append(Distributed())
     # without a display, fastprogress would fill a log file with control characters
-    if not (IN_NOTEBOOK or sys.stdout.isatty()): callbacks.append(EpochLines())
+    live = (IN_NOTEBOOK or sys.stdout.isatty()) and rank_distrib()==0
+    if not live: callbacks.append(EpochLines())
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False, splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
                     metrics=(group := SegmentationMetrics(len(src.classes))).metrics, cbs=callbacks+L(method)+L(cbs))
     learn.confusion, learn.recorder.loss = group, PixelLoss()
-    if not (IN_NOTEBOOK or sys.stdout.isatty()): learn.remove_cb(ProgressCallback)
+    if not live: learn.remove_cb(ProgressCallback)
     return learn
 
-# %% ../nbs/31_learner.ipynb #93d24e27
+# %% ../nbs/31_learner.ipynb #7a27563a
 def write_json(path, data):
     "Write `data` as JSON, replacing the file in one step"
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
@@ -287,7 +288,7 @@ def load_segmenter(
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
     return model.to(device).eval()
 
-# %% ../nbs/31_learner.ipynb #8366ab64
+# %% ../nbs/31_learner.ipynb #1dc3bf36
 def environment()->dict:
     "Machine, versions and commit, for result files"
     def run(*cmd):
@@ -306,7 +307,7 @@ def peak_memory()->float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
-# %% ../nbs/31_learner.ipynb #059277e7
+# %% ../nbs/31_learner.ipynb #23f8dc21
 class RunFolder(Callback):
     "Keeps a run on disk: log, models, and the state from which it can go on"
     order = 70   # after the recorder and the progress bar

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #26f95069
+# %% ../nbs/50_recipes.ipynb #bde434bc
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from .data import sparse_dataloaders
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #143e4d53
+# %% ../nbs/50_recipes.ipynb #d9594723
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -35,6 +35,7 @@ class Recipe:
     distance:str|None = None         # L1, L2, KL or CE; None: the form's
     rows:str|None = None             # Positions that count: unlabelled or all; None: the form's
     double:bool|None = None          # Softmax of the probabilities, as published; None: the form's
+    temperature:float|None = None    # Temperature of the attention in the affinity loss, below 1 sharper; None: the form's
     detach:str|None = None           # What is held fixed, letters of A, V, P ('' nothing); None: the form's
     start:float = 0.                 # Share of the training before the affinity loss comes in
     alpha_warmup:float = 0.          # Share of the training over which its weight rises
@@ -85,15 +86,15 @@ class Recipe:
         "The form of the affinity loss, with the fields that were given"
         try: blocks = None if self.blocks is None else tuple(int(b) for b in str(self.blocks).split(','))
         except ValueError: raise ValueError(f"blocks={self.blocks!r}: expected indices from 1 with commas between them") from None
-        given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, detach=None if self.detach is None else tuple(self.detach))
+        given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
         return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #80a43ffe
+# %% ../nbs/50_recipes.ipynb #94928872
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #d439f9de
+# %% ../nbs/50_recipes.ipynb #d8434aae
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on; where the data and the weights lie is not part of it"
@@ -137,7 +138,7 @@ def run(self:Recipe, learn):
     else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #009526ab
+# %% ../nbs/50_recipes.ipynb #a8070039
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4, cache_mb=8000)
 RECIPES = dict(
