@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_experiment', 'read_results', 'result_table', 'draw_sheet', 'main']
 
-# %% ../nbs/65_experiments.ipynb #ff53020e
+# %% ../nbs/65_experiments.ipynb #a935328a
 import argparse, dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .recipes import Recipe, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_experiments.ipynb #9022b86a
+# %% ../nbs/65_experiments.ipynb #0b836a27
 def _cells(base, variants, seeds):
     "Name → fields, for all variants and seeds"
     return {f"{name}-seed{s}": {**base, **v, 'seed': s} for name,v in variants.items() for s in range(seeds.get(name, 1) if isinstance(seeds, dict) else seeds)}
@@ -41,10 +41,9 @@ EXPERIMENTS = dict(
         'sharp-all': dict(double=False, alpha=.6, temperature=.25),
         'sharp-all-double': dict(alpha=4.8, temperature=.25),
         'block4-alpha.3': dict(double=False, blocks='4', alpha=.3),
-        'default-1.2': dict(alpha=1.2),
         }, 1))
 
-# %% ../nbs/65_experiments.ipynb #f45a354c
+# %% ../nbs/65_experiments.ipynb #b086cd85
 def _command(cell, out, path, weights):
     "The command line of a cell"
     c = dict(cell)
@@ -102,7 +101,7 @@ def run_experiment(
             done.append(name)
     return done
 
-# %% ../nbs/65_experiments.ipynb #20edda1a
+# %% ../nbs/65_experiments.ipynb #eb1929dc
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -129,7 +128,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_experiments.ipynb #d73c30d5
+# %% ../nbs/65_experiments.ipynb #e68bbb8f
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -151,7 +150,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_experiments.ipynb #fa37dc2a
+# %% ../nbs/65_experiments.ipynb #d611e225
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.experiments', description="Run what is missing of an experiment.", allow_abbrev=False)
     p.add_argument('experiment', choices=tuple(EXPERIMENTS), help="Which comparison")
