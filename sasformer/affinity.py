@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'Form', 'counted_rows', 'block_loss',
            'affinity_loss', 'combine', 'AffinityLoss']
 
-# %% ../nbs/20_affinity.ipynb #b9347769
+# %% ../nbs/20_affinity.ipynb #9b3dd372
 import dataclasses, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.all import *
@@ -15,7 +15,7 @@ from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
 from .data import global_sum
 
-# %% ../nbs/20_affinity.ipynb #ec337ab6
+# %% ../nbs/20_affinity.ipynb #ff7d79f5
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
     q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
@@ -24,7 +24,7 @@ def _patches(layers):
 def propagate(
     layers:list,   # `QK` of the layers of one block
     p:Tensor,      # Class scores at key resolution, (B, M', C)
-)->Tensor:         # Propagated scores, (B, M, C), float32
+)->Tensor:         # Propagated scores, (B, M, C), as float32; computed in the precision of the queries
     "Eq. 4: spread `p` along the attention of `layers`, averaged over layers and heads, without building a map"
     q, k = _patches(layers)
     D, C = q.shape[-1], p.shape[-1]
@@ -34,7 +34,7 @@ def propagate(
         chunks.append(F.scaled_dot_product_attention(q, k, v, scale=layers[0].scale).float().mean(1))
     return torch.cat(chunks, -1)[..., :C]
 
-# %% ../nbs/20_affinity.ipynb #7fbacf49
+# %% ../nbs/20_affinity.ipynb #46b25bab
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -58,20 +58,20 @@ class Form:
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #592e360c
+# %% ../nbs/20_affinity.ipynb #c91836cc
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #cf7b7f0e
+# %% ../nbs/20_affinity.ipynb #7dce6d1b
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #62fcc796
+# %% ../nbs/20_affinity.ipynb #64bc9033
 def counted_rows(
     target:Tensor,  # Label map, (B, H, W)
     size:tuple,     # Height and width of the block's queries
@@ -103,8 +103,8 @@ def block_loss(
     y = propagate(layers, v)
     if form.double: y, p = y.softmax(-1), p.softmax(-1)
     on = counted_rows(target, layers[0].q_size, form.rows)
-    n = global_sum(on.sum())/max(1, num_distrib())
-    return (DISTANCES[form.distance](y, p)*on).sum()/n.clamp_min(1)
+    n = global_sum(on.sum()).clamp_min(1)
+    return (DISTANCES[form.distance](y, p)*on).sum()*max(1, num_distrib())/n   # the mean over all processes, once they are averaged
 
 def affinity_loss(
     blocks:dict,        # Block index from 0 → list of `QK`, as `AttentionTap.blocks`
@@ -125,7 +125,7 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
     terms = torch.stack(list(terms.values()))
     return terms.mean() if over_blocks=='mean' else terms.sum()
 
-# %% ../nbs/20_affinity.ipynb #3c0e3876
+# %% ../nbs/20_affinity.ipynb #e64ca7ea
 class AffinityLoss(Callback):
     "Adds α·L_aff to the loss of a `Learner`; the model is only tapped, never changed"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
@@ -172,6 +172,9 @@ class AffinityLoss(Callback):
         mean = lambda v: (global_sum(v/self._steps)/max(1, num_distrib())).item()   # each process has its own share
         self.epochs.append({f'aff{b}': mean(v) for b,v in self._sums.items()})
     def after_fit(self): self.tap.off()
+    def release(self):
+        "After an interrupted fit"
+        if hasattr(self, 'tap'): self.after_batch()
 
     @property
     def epoch_values(self): return self.epochs[-1] if self.epochs else {}

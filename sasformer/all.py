@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #3af656c0
+# %% ../nbs/99_all.ipynb #22975253
 from .annotations import *
 from .datasets import *
 from .data import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_experiment', 'read_results', 'result_table', 'draw_sheet', 'main']
 
-# %% ../nbs/65_experiments.ipynb #a935328a
+# %% ../nbs/65_experiments.ipynb #a5822fc1
 import argparse, dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .recipes import Recipe, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_experiments.ipynb #0b836a27
+# %% ../nbs/65_experiments.ipynb #b1f7c66c
 def _cells(base, variants, seeds):
     "Name → fields, for all variants and seeds"
     return {f"{name}-seed{s}": {**base, **v, 'seed': s} for name,v in variants.items() for s in range(seeds.get(name, 1) if isinstance(seeds, dict) else seeds)}
@@ -22,13 +22,16 @@ def _cells(base, variants, seeds):
 _baseline, _sasformer = dict(method='baseline'), dict(method='sasformer')
 _labels = dict(points='point', short='scribble:length=0.1', long='scribble')
 _camvid = dict(recipe='camvid', weights='pretrained')
+_matrix = {**{f'{k}-{m}': dict(annotation=a, method=m) for k,a in _labels.items() for m in ('baseline','sasformer')},
+           'dense-baseline': dict(annotation='dense', **_baseline)}
 
 EXPERIMENTS = dict(
     # the built-in data, from scratch: what `make demo` shows, over three seeds
     scenes=_cells(dict(recipe='scenes'), dict(baseline=_baseline, sasformer=_sasformer), 3),
     # real photographs: points (0.15 % of the pixels labelled), short and long scribbles, full masks
-    camvid=_cells(_camvid, {**{f'{k}-{m}': dict(annotation=a, method=m) for k,a in _labels.items() for m in ('baseline','sasformer')},
-                            'dense-baseline': dict(annotation='dense', **_baseline)}, 3),
+    camvid=_cells(_camvid, _matrix, 3),
+    # the same from scratch, which takes longer to learn
+    camvid_scratch=_cells(dict(recipe='camvid', epochs=30), _matrix, 3),
     # one change at a time to SASFormer on points, one seed
     camvid_switches=_cells({**_camvid, 'annotation': 'point', **_sasformer}, {
         'released': dict(form='released', alpha=1.2),
@@ -41,9 +44,15 @@ EXPERIMENTS = dict(
         'sharp-all': dict(double=False, alpha=.6, temperature=.25),
         'sharp-all-double': dict(alpha=4.8, temperature=.25),
         'block4-alpha.3': dict(double=False, blocks='4', alpha=.3),
+        'all-rows': dict(rows='all'),
+        'warmup': dict(start=.2, alpha_warmup=.3),
+        'fixed-A': dict(detach='A'),
+        'fixed-V': dict(detach='V'),
+        'crop192': dict(size=192),
+        'crop192-baseline': dict(size=192, **_baseline),
         }, 1))
 
-# %% ../nbs/65_experiments.ipynb #b086cd85
+# %% ../nbs/65_experiments.ipynb #ac14cdd0
 def _command(cell, out, path, weights):
     "The command line of a cell"
     c = dict(cell)
@@ -62,6 +71,19 @@ def _differences(old, new):
     default = {f.name: f.default for f in dataclasses.fields(Recipe)}
     return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
 
+def _start(cell, out, path, weights):
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out/'output.txt', 'a') as log:
+        return subprocess.Popen(_command(cell, out, path, weights), stdout=log, stderr=subprocess.STDOUT, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+def _collect(name, cell, results, work, weights):
+    "Copy the result of a finished run"
+    r = json.loads((work/name/'result.json').read_text())
+    if differ := _differences(r['settings'], _settings(cell, weights)): raise ValueError(f"{work/name} was run with other settings: {differ}")
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results/f'{name}.json', r)
+    return name
+
 def run_experiment(
     cells:dict,         # Name → fields, as in `EXPERIMENTS`
     results:Path,       # Folder of the result files
@@ -69,11 +91,10 @@ def run_experiment(
     path:str=None,      # Folder of the data set
     weights:str=None,   # Backbone weights where a cell says 'pretrained'
     jobs:int=1,         # Cells side by side
-    device_env:dict=None # Further environment of each cell
 )->list:                # Names of the cells that were run
     "Run the cells that have no result file with the same settings; stops at the first that fails"
-    results, work, running, done = Path(results), Path(work), {}, []
-    todo = []
+    if jobs<1: raise ValueError(f"jobs={jobs}: expected at least 1")
+    results, work, running, done, todo = Path(results), Path(work), {}, [], []
     for name,cell in cells.items():
         if cell.get('weights')=='pretrained' and weights is None: raise ValueError(f"{name} starts from pretrained weights: give --weights")
         file = results/f'{name}.json'
@@ -81,27 +102,24 @@ def run_experiment(
             if differ := _differences(json.loads(file.read_text())['settings'], _settings(cell, weights)):
                 raise ValueError(f"{file} has other settings than its cell: {differ}; remove it to run it again")
         else: todo.append(name)
-    while todo or running:
-        while todo and len(running)<jobs:
-            name = todo.pop(0)
-            out = work/name
-            out.mkdir(parents=True, exist_ok=True)
-            log = open(out/'output.txt', 'a')
-            running[name] = subprocess.Popen(_command(cells[name], out, path, weights), stdout=log, stderr=subprocess.STDOUT,
-                                             env={**os.environ, 'OMP_NUM_THREADS': '1', **(device_env or {})})
-        time.sleep(.5)
-        for name,p in list(running.items()):
-            if p.poll() is None: continue
-            del running[name]
-            if p.returncode:
-                for q in running.values(): q.terminate()
-                raise RuntimeError(f"{name} failed, see {work/name/'output.txt'}:\n"+(work/name/'output.txt').read_text()[-1500:])
-            results.mkdir(parents=True, exist_ok=True)
-            write_json(results/f'{name}.json', json.loads((work/name/'result.json').read_text()))
-            done.append(name)
+    try:
+        while todo or running:
+            while todo and len(running)<jobs:
+                name = todo.pop(0)
+                if not (work/name/'result.json').exists(): running[name] = _start(cells[name], work/name, path, weights)
+                else: done.append(_collect(name, cells[name], results, work, weights))   # finished, but its result was not copied
+            for name,p in list(running.items()):
+                if p.poll() is None: continue
+                del running[name]
+                if p.returncode: raise RuntimeError(f"{name} failed, see {work/name/'output.txt'}:\n"+(work/name/'output.txt').read_text()[-1500:])
+                done.append(_collect(name, cells[name], results, work, weights))
+            time.sleep(.5)
+    finally:
+        for p in running.values(): p.terminate()
+        for p in running.values(): p.wait()
     return done
 
-# %% ../nbs/65_experiments.ipynb #eb1929dc
+# %% ../nbs/65_experiments.ipynb #eed4fbb4
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -128,7 +146,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_experiments.ipynb #e68bbb8f
+# %% ../nbs/65_experiments.ipynb #1ae04864
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -150,7 +168,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_experiments.ipynb #d611e225
+# %% ../nbs/65_experiments.ipynb #7d7af1c5
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.experiments', description="Run what is missing of an experiment.", allow_abbrev=False)
     p.add_argument('experiment', choices=tuple(EXPERIMENTS), help="Which comparison")

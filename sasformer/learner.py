@@ -8,7 +8,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'parameter_groups', 'SparseLearner', 'sparse_learner', 'write_json', 'save_segmenter', 'load_segmenter',
            'environment', 'peak_memory', 'RunFolder', 'rows_to_csv']
 
-# %% ../nbs/31_learner.ipynb #c1033744
+# %% ../nbs/31_learner.ipynb #844fe3c5
 import csv, io, os, sys, json, math, time, platform, subprocess, contextlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
@@ -24,7 +24,7 @@ from .data import global_sum
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 
-# %% ../nbs/31_learner.ipynb #873a38d4
+# %% ../nbs/31_learner.ipynb #d7d775d1
 def logits_at(
     logits:Tensor,  # (B, C, h, w)
     on:Tensor,      # Which pixels, (B, H, W) bool
@@ -41,7 +41,7 @@ def _neighbours(i, n, N):
     low = s.long()
     return low, (low+1).clamp_max(n-1), (s-low)[:,None]
 
-# %% ../nbs/31_learner.ipynb #4923b9bd
+# %% ../nbs/31_learner.ipynb #ba3c5064
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
@@ -58,7 +58,7 @@ def partial_cross_entropy(
     else:
         full = F.interpolate(logits, target.shape[-2:], mode='bilinear', align_corners=False)
         total = F.cross_entropy(full, target.where(on, UNLABELLED), ignore_index=UNLABELLED, reduction='sum')
-    if everywhere: n = global_sum(n)/max(1, num_distrib())
+    if everywhere: return total*max(1, num_distrib())/global_sum(n).clamp_min(1)
     return total/n.clamp_min(1)
 
 class PartialCrossEntropy:
@@ -69,7 +69,7 @@ class PartialCrossEntropy:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/31_learner.ipynb #d5a7b798
+# %% ../nbs/31_learner.ipynb #edaee1a2
 class PlainTensors(Callback):
     "Batches as plain tensors"
     order = -5
@@ -79,7 +79,7 @@ class PlainTensors(Callback):
 class Autocast(Callback):
     "Model and loss under `torch.autocast`, on any device; no gradient scaling, so for bfloat16"
     order = 10
-    def __init__(self, dtype=torch.bfloat16): self.dtype = dtype
+    def __init__(self, dtype=torch.bfloat16): self.dtype, self.context = dtype, None
     def before_batch(self):
         self.context = torch.autocast(next(self.model.parameters()).device.type, dtype=self.dtype)
         self.context.__enter__()
@@ -87,9 +87,9 @@ class Autocast(Callback):
     def _leave(self):
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
-    after_loss = after_cancel_batch = _leave
+    after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
-# %% ../nbs/31_learner.ipynb #052167b2
+# %% ../nbs/31_learner.ipynb #d350ecf3
 class SeedEpoch(Callback):
     "Each epoch starts from (seed, epoch, process): the data's order and augmentation, dropout, drop path"
     order = -10
@@ -111,11 +111,14 @@ class EpochLines(Callback):
     def before_fit(self): self.old, self.learn.logger = self.learn.logger, self.line
     def line(self, log):
         if rank_distrib(): return
-        named = zip(self.recorder.metric_names[1:], list(log)[1:])
+        names, values = list(self.recorder.metric_names[1:]), list(log)[1:]
+        if len(values)<len(names): names = names[:1]+names[-1:]   # this epoch was not validated
+        named = zip(names, values)
         print(f"epoch {log[0]+1}/{self.n_epoch}  "+'  '.join(f"{n} {v:.4f}" if isinstance(v,float) else f"{n} {v}" for n,v in named), flush=True)
     def after_fit(self): self.learn.logger = self.old
+    def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
-# %% ../nbs/31_learner.ipynb #503f08ce
+# %% ../nbs/31_learner.ipynb #97ec3124
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
     def forward(self, x):
@@ -124,7 +127,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         n = torch.full((1,), x.numel()/x.shape[1])
         s = all_reduce(torch.cat([xf.sum(dims), xf.square().sum(dims), n]))
         mean, n = s[:x.shape[1]]/s[-1], s[-1]
-        var = s[x.shape[1]:-1]/n - mean.square()
+        var = (s[x.shape[1]:-1]/n - mean.square()).clamp_min(0)   # rounding can make it negative
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
@@ -151,8 +154,9 @@ class Distributed(Callback):
     def after_loss(self):
         if self.training: self.learn.loss = global_sum(self.loss)/num_distrib()
     def after_fit(self): self.learn.model, self.ddp = self.bare, None
+    def release(self): self.learn.model = getattr(self, 'bare', self.learn.model)
 
-# %% ../nbs/31_learner.ipynb #fbacde6a
+# %% ../nbs/31_learner.ipynb #02044bf8
 class PixelLoss(Metric):
     "Mean loss per labelled pixel, over all batches and processes"
     name = 'loss'
@@ -166,7 +170,7 @@ class PixelLoss(Metric):
         total, n = global_sum(self.sums.to(device)).tolist()
         return total/max(n, 1)
 
-# %% ../nbs/31_learner.ipynb #a5b48bd2
+# %% ../nbs/31_learner.ipynb #1c23e8b5
 def poly_schedule(
     lr,              # Highest learning rate, or one per parameter group
     power:float=.9,  # Exponent
@@ -191,7 +195,7 @@ def fit_poly(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(epochs, lr=lrs, wd=wd, cbs=L(ParamScheduler({'lr': poly_schedule(lrs, power, warmup)}))+L(cbs))
 
-# %% ../nbs/31_learner.ipynb #56d35392
+# %% ../nbs/31_learner.ipynb #8f80f44f
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone` and `decoder`
 )->L:                 # Lists of parameters: backbone, its biases and norms, decoder, its biases and norms
@@ -204,6 +208,11 @@ OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
     first_epoch = 0
+    def fit(self, *args, **kwargs):
+        try: return super().fit(*args, **kwargs)
+        except BaseException:   # fastai calls no callback then; a hook or an open context must not outlive an interrupted fit
+            for cb in self.cbs: getattr(cb, 'release', noop)()
+            raise
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
@@ -227,6 +236,8 @@ def sparse_learner(
     "A `Learner` for sparse labels: model, partial cross-entropy, optimiser, precision, metrics"
     if opt not in OPTIMISERS: raise ValueError(f"opt={opt!r}: expected one of {', '.join(OPTIMISERS)}")
     if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: expected fp32, bf16 or fp16")
+    if precision=='fp16' and torch.device(dls.device or 'cpu').type!='cuda':
+        raise ValueError(f"precision='fp16' needs a GPU, and batches go to {dls.device or 'the CPU'}: use bf16 or fp32")
     src = dls.train.dataset.src
     if isinstance(model, str):
         torch.manual_seed(seed)
@@ -250,7 +261,7 @@ def sparse_learner(
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 
-# %% ../nbs/31_learner.ipynb #7a27563a
+# %% ../nbs/31_learner.ipynb #3dd9b933
 def write_json(path, data):
     "Write `data` as JSON, replacing the file in one step"
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
@@ -288,7 +299,7 @@ def load_segmenter(
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
     return model.to(device).eval()
 
-# %% ../nbs/31_learner.ipynb #1dc3bf36
+# %% ../nbs/31_learner.ipynb #4f1df74d
 def environment()->dict:
     "Machine, versions and commit, for result files"
     def run(*cmd):
@@ -303,11 +314,11 @@ def environment()->dict:
 
 def peak_memory()->float:
     "Largest memory of this process so far, MB: of the GPU where there is one, else resident"
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**20
+    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()): return used/2**20
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
-# %% ../nbs/31_learner.ipynb #23f8dc21
+# %% ../nbs/31_learner.ipynb #aaa01ab2
 class RunFolder(Callback):
     "Keeps a run on disk: log, models, and the state from which it can go on"
     order = 70   # after the recorder and the progress bar
@@ -318,7 +329,7 @@ class RunFolder(Callback):
         tensorboard:bool=False,  # Write TensorBoard logs as well (needs the extra `tensorboard`)
     ):
         self.folder, self.settings, self.resume, self.tensorboard = Path(folder), settings or {}, resume, tensorboard
-        self.rows, self.best = [], -1.
+        self.rows, self.best, self.iou = [], -1., None
 
     def before_fit(self):
         state = self.folder/'state.pt'
@@ -337,15 +348,15 @@ class RunFolder(Callback):
         except Exception as e: raise ValueError(f"{path}: cannot be read as the state of a run: {e}") from e
 
     def _restore(self, s):
-        if s['settings'] != json.dumps(self.settings, sort_keys=True):
-            old, new = json.loads(s['settings']), self.settings
-            differ = [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in {**old, **new} if old.get(k)!=new.get(k)]
+        old, new = json.loads(s['settings']), self.settings
+        if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k)!=new.get(k)]:
             raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
-        if s['epochs']>=self.n_epoch and s['n_epoch']==self.n_epoch: raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
+        if s['epochs']==s['n_epoch']==self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
         if s['n_epoch']!=self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
         self.model.load_state_dict(s['model'])
         self.opt.load_state_dict(s['opt'])
-        self.learn.first_epoch, self.rows, self.best = s['epochs'], s['rows'], s['best']
+        if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])   # of float16
+        self.learn.first_epoch, self.rows, self.best, self.iou = s['epochs'], s['rows'], s['best'], s['iou']
 
     def before_train(self): self._losses = []
     def after_batch(self):
@@ -361,6 +372,7 @@ class RunFolder(Callback):
         self.rows.append(row)
         better = row.get('miou', -1.)>self.best
         if better: self.best = row['miou']
+        if 'miou' in row: self.iou = self.learn.confusion.total().iou.tolist()
         if rank_distrib(): return
         with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
         if better: self._save('best')
@@ -368,7 +380,7 @@ class RunFolder(Callback):
         for g in opt['param_groups']: g.update({k: v.item() for k,v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
         with replacing(self.folder/'state.pt') as tmp:
             torch.save(dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch, rows=self.rows,
-                            best=self.best, model=self.model.state_dict(), opt=opt), tmp)
+                            best=self.best, iou=self.iou, scaler=s.state_dict() if (s := getattr(self.learn, 'scaler', None)) else None, model=self.model.state_dict(), opt=opt), tmp)
         if self.tensorboard:
             for k,v in row.items(): self.board.add_scalar(k, v, row['epoch'])
 
@@ -377,13 +389,14 @@ class RunFolder(Callback):
         save_segmenter(self.model, self.folder, name, src.classes, src.palette)
 
     def after_fit(self):
+        self.learn.first_epoch = 0
         if self.tensorboard and not rank_distrib(): self.board.close()
         if rank_distrib() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
         self._save('last')
         last = self.rows[-1]
-        write_json(self.folder/'result.json', dict(settings=self.settings, processes=max(1, num_distrib()), **self._environment,
+        write_json(self.folder/'result.json', dict(settings=self.settings, processes=max(1, num_distrib()), device=str(self.dls.device), **self._environment,
             seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
-            iou=dict(zip(self.dls.train.dataset.src.classes, self.learn.confusion.total().iou.tolist())), curve=self.rows))
+            iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
 def rows_to_csv(rows):
     "Rows (dicts) as CSV text; a column that a row lacks stays empty"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #bde434bc
+# %% ../nbs/50_recipes.ipynb #5ae079ca
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +14,11 @@ from fastai.vision.all import rank_distrib
 from .annotations import parse_annotation
 from .datasets import get_source, SOURCES
 from .data import sparse_dataloaders
+from .attention import AttentionTap
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #d9594723
+# %% ../nbs/50_recipes.ipynb #dad82333
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -58,9 +59,9 @@ class Recipe:
     precision:str = 'bf16'           # fp32, bf16 or fp16 (GPU)
     channels_last:bool = True        # Memory format of convolutions
     validate_every:int = 1           # Epochs between validations
-    seed:int = 0                     # Seed of weights, order, augmentation, dropout and simulated labels' default
+    seed:int = 0                     # Seed of weights, order, augmentation and dropout; simulated labels have their own: 'scribble:seed=1'
     num_workers:int = 0              # Worker processes of each data loader
-    cache_mb:int = 1000              # Decoded images kept in memory, MB per process
+    cache_mb:int = 1000              # Decoded images kept in memory, MB per process; with workers nothing is kept
 
     def __post_init__(self): self.check()
 
@@ -89,17 +90,17 @@ class Recipe:
         given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
         return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #94928872
+# %% ../nbs/50_recipes.ipynb #597cb4b1
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #d8434aae
+# %% ../nbs/50_recipes.ipynb #1b24c20f
 @patch
 def settings(self:Recipe)->dict:
-    "What a result depends on; where the data and the weights lie is not part of it"
+    "What a result depends on; where the data and the weights lie, and how they are read, is not part of it"
     s = dataclasses.asdict(self)
-    del s['path']
+    for k in ('path', 'num_workers', 'cache_mb'): del s[k]
     if s['weights'] is not None: s['weights'] = Path(s['weights']).name
     return s
 
@@ -128,6 +129,10 @@ def learner(self:Recipe,
     if folder is not None: cbs = L(cbs)+RunFolder(folder, self.settings(), resume, tensorboard)
     learn = sparse_learner(dls, self.model, METHODS[self.method](self), self.lr, self.head_lr, self.opt, self.wd, self.no_decay, self.precision,
                            self.channels_last, self.seed, self.validate_every, cbs, decoder_dim=self.decoder_dim, dropout=self.dropout, **backbone)
+    for cb in learn.cbs:
+        if isinstance(cb, AffinityLoss):   # a backbone whose attention cannot be read is refused here, before any work
+            try: AttentionTap(learn.model, None if cb.form.blocks is None else [b-1 for b in cb.form.blocks])
+            except TypeError as e: raise ValueError(f"model={self.model!r}: {e}") from e
     learn.recipe = self
     return learn
 
@@ -138,11 +143,11 @@ def run(self:Recipe, learn):
     else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #a8070039
+# %% ../nbs/50_recipes.ipynb #919916bd
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
-              opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4, cache_mb=8000)
+              opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4)
 RECIPES = dict(
-    scenes=dict(data='scenes', size=128, epochs=30),
+    scenes=dict(data='scenes', size=128, bs=8, epochs=50, decoder_dim=128, last_stride=1, validate_every=5),
     camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),

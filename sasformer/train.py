@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_options', 'train_parser', 'plot_curves', 'example_sheet', 'start_processes', 'train', 'main']
 
-# %% ../nbs/60_train.ipynb #14d6479a
+# %% ../nbs/60_train.ipynb #ae200770
 import argparse, dataclasses, json, os, sys, types, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -16,7 +16,7 @@ from .learner import write_json, environment
 from .annotations import replacing
 from .data import show_rows
 
-# %% ../nbs/60_train.ipynb #939cd25b
+# %% ../nbs/60_train.ipynb #a58134fa
 def _truth(s):
     if s.lower() in ('true','yes','1'): return True
     if s.lower() in ('false','no','0'): return False
@@ -44,7 +44,7 @@ def train_parser():
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")   # one line, not thirty of usage before it
     return p
 
-# %% ../nbs/60_train.ipynb #f214a261
+# %% ../nbs/60_train.ipynb #5c9752bc
 def plot_curves(
     rows:list,  # Rows of a run's log, dicts
 ):
@@ -76,7 +76,7 @@ def example_sheet(
         rows.append((np.asarray(image), mask, pred))
     return show_rows(rows, ('image','mask','prediction'), ds.src)
 
-# %% ../nbs/60_train.ipynb #0ed2cc06
+# %% ../nbs/60_train.ipynb #33fe7047
 def start_processes(device=None):
     "Connect the processes that a launcher has started; the number of them"
     n = max(1, num_distrib())
@@ -107,7 +107,7 @@ def train(
         plt.close(fig)
     return json.loads((out/'result.json').read_text())
 
-# %% ../nbs/60_train.ipynb #dfbda6ed
+# %% ../nbs/60_train.ipynb #1cd8742e
 def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
@@ -125,6 +125,7 @@ def main(args=None):
         out = out or Path('runs')/f"{r.data}_{r.annotation.replace(':','_')}_{r.method}_seed{r.seed}"
         where = device or (f'cuda ({torch.cuda.get_device_name()})' if torch.cuda.is_available() else 'cpu')
         if rank_distrib()==0:
+            if resume and not (out/'state.pt').exists(): print(f"{out} holds no state to go on from: starting at the first epoch")
             print(f"{n} process{'es' if n>1 else ''} on {where}, {torch.get_num_threads()} threads each; {r.method} on {r.data} from {r.annotation} labels → {out}", flush=True)
         result = train(r, out, resume, tensorboard, None if device is None else torch.device(device))
     except (ValueError, OSError, ImportError) as e:
@@ -133,5 +134,5 @@ def main(args=None):
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if result: print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) in {result['seconds']:.0f} s; see {out}")
 
-# %% ../nbs/60_train.ipynb #16138678
+# %% ../nbs/60_train.ipynb #cd63de5a
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
