@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/99_all.ipynb #22975253
+# %% ../nbs/99_all.ipynb #247df0b8
 from .annotations import *
 from .datasets import *
 from .data import *

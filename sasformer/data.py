@@ -6,7 +6,7 @@
 __all__ = ['MEAN_COLOUR', 'Geometry', 'warp_image', 'warp_labels', 'SparseMask', 'SparseDataset', 'SparseDL', 'global_sum',
            'colour_labels', 'blend', 'class_legend', 'show_rows', 'ToModel', 'sparse_dataloaders']
 
-# %% ../nbs/02_data.ipynb #c8f794eb
+# %% ../nbs/02_data.ipynb #6f9016dc
 import numpy as np, torch, torch.distributed as dist
 from PIL import Image
 import matplotlib.pyplot as plt
@@ -17,7 +17,7 @@ from fastai.vision.all import (TfmdDL, DataLoaders, TensorImage, TensorMask, Dis
 from .annotations import UNLABELLED, PADDING
 from .datasets import Source
 
-# %% ../nbs/02_data.ipynb #425a5673
+# %% ../nbs/02_data.ipynb #467ad79f
 class Geometry:
     "Scale, crop window and flip of one augmented sample; output pixel + `offset` over `scale` is an input pixel"
     def __init__(self,
@@ -48,7 +48,7 @@ class Geometry:
         canvas[y:y+h, x:x+w] = part
         return canvas[:, ::-1] if self.flip else canvas
 
-# %% ../nbs/02_data.ipynb #27c17b21
+# %% ../nbs/02_data.ipynb #15e0ca31
 MEAN_COLOUR = np.array(imagenet_stats[0])*255
 
 def warp_image(
@@ -63,7 +63,7 @@ def warp_image(
     if shift: part = np.clip(part+np.float32(shift), 0, 255).round().astype(np.uint8)
     return g.place(part, MEAN_COLOUR.round())
 
-# %% ../nbs/02_data.ipynb #f16bb9b4
+# %% ../nbs/02_data.ipynb #b79fbc43
 def warp_labels(
     labels:np.ndarray,  # (H, W) uint8 label map
     g:Geometry,         # What to cut out
@@ -83,7 +83,7 @@ def warp_labels(
         out[i[missed], j[missed]] = labels[r[missed], c[missed]]
     return g.place(out, PADDING)
 
-# %% ../nbs/02_data.ipynb #675812c0
+# %% ../nbs/02_data.ipynb #6cfa56e0
 class SparseMask(TensorMask):
     "A label map as a tensor: class ids, 255 unlabelled, 254 padding"
 
@@ -130,7 +130,7 @@ class SparseDataset:
             image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
         return TensorImage(torch.tensor(np.array(image)).permute(2,0,1)), SparseMask(torch.tensor(np.array(labels)))
 
-# %% ../nbs/02_data.ipynb #f7db8464
+# %% ../nbs/02_data.ipynb #c58f51fe
 class SparseDL(TfmdDL):
     "A `TfmdDL` whose order depends on the seed and the epoch only; `bs` is shared out among the processes"
     def __init__(self, dataset, bs=16, shuffle=False, num_workers=0, drop_last=False, **kwargs):
@@ -151,7 +151,7 @@ class SparseDL(TfmdDL):
     def new(self, dataset=None, cls=None, **kwargs):
         return super().new(dataset, cls, **merge(dict(bs=self.bs*self.world), kwargs))
 
-# %% ../nbs/02_data.ipynb #31cb9969
+# %% ../nbs/02_data.ipynb #08492a0a
 def global_sum(
     t:torch.Tensor, # Any tensor of one process
 )->torch.Tensor:    # The sum over all processes (no gradient); `t` itself where there is one
@@ -161,7 +161,7 @@ def global_sum(
     dist.all_reduce(t)
     return t
 
-# %% ../nbs/02_data.ipynb #ad97c51c
+# %% ../nbs/02_data.ipynb #d8ce5f7e
 def colour_labels(
     labels:np.ndarray,      # (H, W) label map
     palette:np.ndarray,     # (C, 3) uint8 colours
@@ -201,7 +201,7 @@ def show_rows(
     class_legend(fig, ids, src.classes, src.palette, fontsize=8)
     return fig
 
-# %% ../nbs/02_data.ipynb #d2d95467
+# %% ../nbs/02_data.ipynb #382258c9
 def _samples(dl, b, max_n):
     x, y = dl.decode(b)[:2]
     return [(a.permute(1,2,0).numpy().astype(np.uint8), m.numpy().astype(np.uint8)) for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
@@ -220,7 +220,7 @@ def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     size = lambda p, y: np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
     return show_rows([(x, y, size(p, y)) for (x,y),p in zip(s, out)], ('image','labels','prediction'), src, **kwargs)
 
-# %% ../nbs/02_data.ipynb #93a7c7bd
+# %% ../nbs/02_data.ipynb #8edbaf56
 class ToModel(DisplayedTransform):
     "uint8 images to normalised floats, label maps to int64, on the batch's device"
     order = 10

@@ -269,7 +269,7 @@ def folder(
 )->Source:
     "A folder of images with masks"
     path = Path(path)
-    if not (path/str(masks)).is_dir() and any((path/k).is_dir() for k in KINDS): masks = None
+    if masks=='masks' and not (path/masks).is_dir() and any((path/k).is_dir() for k in KINDS): masks = None
     if kind!='dense' and kind not in KINDS: raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
     parts = _folder_splits(path/images, val, seed)
     files,released = {k:f for p in parts.values() for k,f in p.items()},{}

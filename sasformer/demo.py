@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['compare_sheet', 'demo', 'main']
 
-# %% ../nbs/64_demo.ipynb #50ac29c3
+# %% ../nbs/64_demo.ipynb #9c49944e
 import argparse, json, os, subprocess, sys
 from pathlib import Path
 import numpy as np, torch
@@ -14,7 +14,7 @@ from .data import show_rows
 from .inference import predict_image
 from .learner import load_segmenter
 
-# %% ../nbs/64_demo.ipynb #29197672
+# %% ../nbs/64_demo.ipynb #a3ba2e08
 def compare_sheet(
     models:dict,     # Name → segmenter
     src,             # A `Source` with dense masks
@@ -26,7 +26,7 @@ def compare_sheet(
     rows = [[np.asarray(src.image(i)), src.annotation(i, annotation), src.mask(i)]+[predict_image(m, src.image(i), **kwargs) for m in models.values()] for i in ids]
     return show_rows(rows, ['image', annotation.split(':')[0], 'mask', *models], src)
 
-# %% ../nbs/64_demo.ipynb #497afd6a
+# %% ../nbs/64_demo.ipynb #c3cb8dda
 def demo(
     out:str='demo',     # Folder of the runs and the picture
     epochs:int=None,    # None: the recipe's
@@ -60,7 +60,7 @@ def demo(
     with replacing(out/'demo.png') as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
     print(f"pictures: {out/'demo.png'}, {out}/*/curves.png, {out}/*/examples.png")
 
-# %% ../nbs/64_demo.ipynb #439a6753
+# %% ../nbs/64_demo.ipynb #da33bbc6
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.demo', description="Baseline and SASFormer on the built-in scenes.")
     p.add_argument('--out', default='demo', help="Folder of the runs and the picture (default: demo)")

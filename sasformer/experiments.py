@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_experiment', 'read_results', 'result_table', 'draw_sheet', 'main']
 
-# %% ../nbs/65_experiments.ipynb #a5822fc1
+# %% ../nbs/65_experiments.ipynb #b34ec29a
 import argparse, dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .recipes import Recipe, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_experiments.ipynb #b1f7c66c
+# %% ../nbs/65_experiments.ipynb #b6e8a4c3
 def _cells(base, variants, seeds):
     "Name → fields, for all variants and seeds"
     return {f"{name}-seed{s}": {**base, **v, 'seed': s} for name,v in variants.items() for s in range(seeds.get(name, 1) if isinstance(seeds, dict) else seeds)}
@@ -52,7 +52,7 @@ EXPERIMENTS = dict(
         'crop192-baseline': dict(size=192, **_baseline),
         }, 1))
 
-# %% ../nbs/65_experiments.ipynb #ac14cdd0
+# %% ../nbs/65_experiments.ipynb #e35c695d
 def _command(cell, out, path, weights):
     "The command line of a cell"
     c = dict(cell)
@@ -119,7 +119,7 @@ def run_experiment(
         for p in running.values(): p.wait()
     return done
 
-# %% ../nbs/65_experiments.ipynb #eed4fbb4
+# %% ../nbs/65_experiments.ipynb #cab145fe
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -146,7 +146,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_experiments.ipynb #1ae04864
+# %% ../nbs/65_experiments.ipynb #61847670
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -168,7 +168,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_experiments.ipynb #7d7af1c5
+# %% ../nbs/65_experiments.ipynb #1ba47785
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.experiments', description="Run what is missing of an experiment.", allow_abbrev=False)
     p.add_argument('experiment', choices=tuple(EXPERIMENTS), help="Which comparison")

@@ -8,7 +8,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'parameter_groups', 'SparseLearner', 'sparse_learner', 'write_json', 'save_segmenter', 'load_segmenter',
            'environment', 'peak_memory', 'RunFolder', 'rows_to_csv']
 
-# %% ../nbs/31_learner.ipynb #844fe3c5
+# %% ../nbs/31_learner.ipynb #80ce8754
 import csv, io, os, sys, json, math, time, platform, subprocess, contextlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
@@ -24,7 +24,7 @@ from .data import global_sum
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 
-# %% ../nbs/31_learner.ipynb #d7d775d1
+# %% ../nbs/31_learner.ipynb #b8d0ea6c
 def logits_at(
     logits:Tensor,  # (B, C, h, w)
     on:Tensor,      # Which pixels, (B, H, W) bool
@@ -41,7 +41,7 @@ def _neighbours(i, n, N):
     low = s.long()
     return low, (low+1).clamp_max(n-1), (s-low)[:,None]
 
-# %% ../nbs/31_learner.ipynb #ba3c5064
+# %% ../nbs/31_learner.ipynb #1c7fb12f
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
@@ -69,7 +69,7 @@ class PartialCrossEntropy:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/31_learner.ipynb #edaee1a2
+# %% ../nbs/31_learner.ipynb #de3fc247
 class PlainTensors(Callback):
     "Batches as plain tensors"
     order = -5
@@ -89,7 +89,7 @@ class Autocast(Callback):
         self.context = None
     after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
-# %% ../nbs/31_learner.ipynb #d350ecf3
+# %% ../nbs/31_learner.ipynb #49ba1a86
 class SeedEpoch(Callback):
     "Each epoch starts from (seed, epoch, process): the data's order and augmentation, dropout, drop path"
     order = -10
@@ -100,10 +100,14 @@ class SeedEpoch(Callback):
 
 class ValidateEvery(Callback):
     "Validates every `n`-th epoch and the last"
-    order = -10
-    def __init__(self, n:int): self.n = n
+    order = 55   # after the recorder, before the progress bar
+    def __init__(self, n:int): self.n, self.skip = n, False
+    def before_train(self): self.skip = (self.epoch+1)%self.n>0 and self.epoch+1<self.n_epoch
     def before_validate(self):
-        if (self.epoch+1)%self.n and self.epoch+1<self.n_epoch: raise CancelValidException
+        skip, self.skip = self.skip, False   # `validate` and `get_preds` outside of a fit are never skipped
+        if not skip: return
+        self.recorder.log += [None]*(1+len(self.learn.metrics))   # or the time would stand in the column of the loss
+        raise CancelValidException
 
 class EpochLines(Callback):
     "One plain line per epoch, for log files"
@@ -111,14 +115,12 @@ class EpochLines(Callback):
     def before_fit(self): self.old, self.learn.logger = self.learn.logger, self.line
     def line(self, log):
         if rank_distrib(): return
-        names, values = list(self.recorder.metric_names[1:]), list(log)[1:]
-        if len(values)<len(names): names = names[:1]+names[-1:]   # this epoch was not validated
-        named = zip(names, values)
+        named = [(n, v) for n,v in zip(self.recorder.metric_names[1:], list(log)[1:]) if v is not None]
         print(f"epoch {log[0]+1}/{self.n_epoch}  "+'  '.join(f"{n} {v:.4f}" if isinstance(v,float) else f"{n} {v}" for n,v in named), flush=True)
     def after_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
-# %% ../nbs/31_learner.ipynb #97ec3124
+# %% ../nbs/31_learner.ipynb #47e778d2
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
     def forward(self, x):
@@ -156,7 +158,7 @@ class Distributed(Callback):
     def after_fit(self): self.learn.model, self.ddp = self.bare, None
     def release(self): self.learn.model = getattr(self, 'bare', self.learn.model)
 
-# %% ../nbs/31_learner.ipynb #02044bf8
+# %% ../nbs/31_learner.ipynb #e677a2d5
 class PixelLoss(Metric):
     "Mean loss per labelled pixel, over all batches and processes"
     name = 'loss'
@@ -170,7 +172,7 @@ class PixelLoss(Metric):
         total, n = global_sum(self.sums.to(device)).tolist()
         return total/max(n, 1)
 
-# %% ../nbs/31_learner.ipynb #1c23e8b5
+# %% ../nbs/31_learner.ipynb #943702b6
 def poly_schedule(
     lr,              # Highest learning rate, or one per parameter group
     power:float=.9,  # Exponent
@@ -195,7 +197,7 @@ def fit_poly(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(epochs, lr=lrs, wd=wd, cbs=L(ParamScheduler({'lr': poly_schedule(lrs, power, warmup)}))+L(cbs))
 
-# %% ../nbs/31_learner.ipynb #8f80f44f
+# %% ../nbs/31_learner.ipynb #42f3e49d
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone` and `decoder`
 )->L:                 # Lists of parameters: backbone, its biases and norms, decoder, its biases and norms
@@ -261,7 +263,7 @@ def sparse_learner(
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 
-# %% ../nbs/31_learner.ipynb #3dd9b933
+# %% ../nbs/31_learner.ipynb #e7505192
 def write_json(path, data):
     "Write `data` as JSON, replacing the file in one step"
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
@@ -299,7 +301,7 @@ def load_segmenter(
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
     return model.to(device).eval()
 
-# %% ../nbs/31_learner.ipynb #4f1df74d
+# %% ../nbs/31_learner.ipynb #bb886e6d
 def environment()->dict:
     "Machine, versions and commit, for result files"
     def run(*cmd):
@@ -318,7 +320,7 @@ def peak_memory()->float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
-# %% ../nbs/31_learner.ipynb #aaa01ab2
+# %% ../nbs/31_learner.ipynb #0dbfa980
 class RunFolder(Callback):
     "Keeps a run on disk: log, models, and the state from which it can go on"
     order = 70   # after the recorder and the progress bar
@@ -364,7 +366,7 @@ class RunFolder(Callback):
 
     def after_epoch(self):
         values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))   # without epoch, smoothed loss, time
-        row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k,v in values.items()})
+        row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k,v in values.items() if v is not None})
         for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
         now = time.time()
         row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)

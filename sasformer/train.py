@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['recipe_options', 'train_parser', 'plot_curves', 'example_sheet', 'start_processes', 'train', 'main']
 
-# %% ../nbs/60_train.ipynb #ae200770
+# %% ../nbs/60_train.ipynb #fe481a5e
 import argparse, dataclasses, json, os, sys, types, warnings
 from pathlib import Path
 import numpy as np, torch
@@ -16,7 +16,7 @@ from .learner import write_json, environment
 from .annotations import replacing
 from .data import show_rows
 
-# %% ../nbs/60_train.ipynb #a58134fa
+# %% ../nbs/60_train.ipynb #64f69797
 def _truth(s):
     if s.lower() in ('true','yes','1'): return True
     if s.lower() in ('false','no','0'): return False
@@ -44,7 +44,7 @@ def train_parser():
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")   # one line, not thirty of usage before it
     return p
 
-# %% ../nbs/60_train.ipynb #5c9752bc
+# %% ../nbs/60_train.ipynb #416e4636
 def plot_curves(
     rows:list,  # Rows of a run's log, dicts
 ):
@@ -76,7 +76,7 @@ def example_sheet(
         rows.append((np.asarray(image), mask, pred))
     return show_rows(rows, ('image','mask','prediction'), ds.src)
 
-# %% ../nbs/60_train.ipynb #33fe7047
+# %% ../nbs/60_train.ipynb #6c0a9ccb
 def start_processes(device=None):
     "Connect the processes that a launcher has started; the number of them"
     n = max(1, num_distrib())
@@ -107,7 +107,7 @@ def train(
         plt.close(fig)
     return json.loads((out/'result.json').read_text())
 
-# %% ../nbs/60_train.ipynb #1cd8742e
+# %% ../nbs/60_train.ipynb #b1af2100
 def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
@@ -134,5 +134,5 @@ def main(args=None):
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if result: print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) in {result['seconds']:.0f} s; see {out}")
 
-# %% ../nbs/60_train.ipynb #cd63de5a
+# %% ../nbs/60_train.ipynb #f9d09306
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

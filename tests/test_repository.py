@@ -13,7 +13,7 @@ def exported(tmp_path_factory):
     "A copy of the repository with everything exported and cleaned anew"
     copy = tmp_path_factory.mktemp('copy')/'sasformer'
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.venv', '.git', '*.egg-info', '__pycache__', 'runs', 'demo', 'results', '.pytest_cache', '.ipynb_checkpoints'))
-    code = 'from nbdev.export import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
+    code = 'from nbdev.doclinks import nbdev_export; from nbdev.clean import nbdev_clean; nbdev_export(); nbdev_clean()'
     done = subprocess.run([sys.executable, '-c', code], cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return copy
