@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 def render():
     "The notebook as Markdown: hidden cells left out, links to pictures of the repository kept"
     nb = nbformat.read(ROOT/'nbs'/'index.ipynb', as_version=4)
-    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide', c.source)]
+    nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\s*$', c.source, re.M)]
     for i, c in enumerate(nb.cells):    # of some cells only the tables are shown
         if re.match(r'#\|\s*hide_input', c.source):
             nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(o['data']['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})))
