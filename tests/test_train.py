@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 # small enough for seconds; float32 and no dropout, so that processes and restarts can be compared exactly
 SMALL = ('--data scenes --annotation scribble --size 64 --bs 16 --opt adamw --lr 1e-3 --precision fp32 '
-         '--drop_path 0 --dropout 0 --alpha 1.2 --form released').split()
+         '--drop_path 0 --dropout 0 --alpha 1.2 --form released --validate_every 1 --decoder_dim 64').split()
 
 def program(*args, processes=1):
     "The command, as a shell would run it; `torchrun` for several processes"
