@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #b6aeeb02
+# %% ../nbs/50_recipes.ipynb #232995dd
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .attention import AttentionTap
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #41cb2932
+# %% ../nbs/50_recipes.ipynb #65dff6b3
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -90,12 +90,12 @@ class Recipe:
         given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
         return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #ca81d466
+# %% ../nbs/50_recipes.ipynb #221278b4
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #0e50ad87
+# %% ../nbs/50_recipes.ipynb #986a0dde
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on; where the data and the weights lie, and how they are read, is not part of it"
@@ -143,11 +143,11 @@ def run(self:Recipe, learn):
     else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #e22fc87b
+# %% ../nbs/50_recipes.ipynb #0c25345a
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4)
 RECIPES = dict(
-    scenes=dict(data='scenes', size=128, bs=8, epochs=50, decoder_dim=128, last_stride=1, validate_every=5),
+    scenes=dict(data='scenes', size=128, bs=8, epochs=40, decoder_dim=128, last_stride=1, validate_every=5),
     camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
