@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'Form', 'counted_rows', 'block_loss',
            'affinity_loss', 'combine', 'AffinityLoss']
 
-# %% ../nbs/20_affinity.ipynb #9b3dd372
+# %% ../nbs/20_affinity.ipynb #22a46282
 import dataclasses, torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.all import *
@@ -15,7 +15,7 @@ from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
 from .data import global_sum
 
-# %% ../nbs/20_affinity.ipynb #ff7d79f5
+# %% ../nbs/20_affinity.ipynb #89405365
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
     q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
@@ -34,7 +34,7 @@ def propagate(
         chunks.append(F.scaled_dot_product_attention(q, k, v, scale=layers[0].scale).float().mean(1))
     return torch.cat(chunks, -1)[..., :C]
 
-# %% ../nbs/20_affinity.ipynb #46b25bab
+# %% ../nbs/20_affinity.ipynb #d67f03fa
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -58,20 +58,20 @@ class Form:
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #c91836cc
+# %% ../nbs/20_affinity.ipynb #bcd0edc4
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #7dce6d1b
+# %% ../nbs/20_affinity.ipynb #8393fcbe
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #64bc9033
+# %% ../nbs/20_affinity.ipynb #288aa9e7
 def counted_rows(
     target:Tensor,  # Label map, (B, H, W)
     size:tuple,     # Height and width of the block's queries
@@ -87,6 +87,7 @@ def _resized(logits, size, scores):
     x = resize(logits).softmax(1) if scores=='logits' else resize(logits.softmax(1))
     return x.flatten(2).transpose(1,2)
 
+# %% ../nbs/20_affinity.ipynb #fba3b142
 def block_loss(
     layers:list,        # `QK` of the block's layers
     logits:Tensor,      # Prediction before the softmax, (B, C, h, w), float32
@@ -106,6 +107,7 @@ def block_loss(
     n = global_sum(on.sum()).clamp_min(1)
     return (DISTANCES[form.distance](y, p)*on).sum()*max(1, num_distrib())/n   # the mean over all processes, once they are averaged
 
+# %% ../nbs/20_affinity.ipynb #bf331d4f
 def affinity_loss(
     blocks:dict,        # Block index from 0 → list of `QK`, as `AttentionTap.blocks`
     logits:Tensor,      # Prediction before the softmax, (B, C, h, w)
@@ -125,7 +127,7 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
     terms = torch.stack(list(terms.values()))
     return terms.mean() if over_blocks=='mean' else terms.sum()
 
-# %% ../nbs/20_affinity.ipynb #e64ca7ea
+# %% ../nbs/20_affinity.ipynb #90642836
 class AffinityLoss(Callback):
     "Adds α·L_aff to the loss of a `Learner`; the model is only tapped, never changed"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
@@ -146,35 +148,46 @@ class AffinityLoss(Callback):
         if past<0: return 0.
         return self.alpha*min(1., past/self.warmup) if self.warmup else self.alpha
 
-    def before_fit(self):
-        blocks = None if self.form.blocks is None else [b-1 for b in self.form.blocks]
-        self.tap, self.epochs = AttentionTap(self.model, blocks), []
+# %% ../nbs/20_affinity.ipynb #dcf887f9
+@patch
+def before_fit(self:AffinityLoss):
+    blocks = None if self.form.blocks is None else [b-1 for b in self.form.blocks]
+    self.tap, self.epochs = AttentionTap(self.model, blocks), []
 
-    def before_train(self): self._sums, self._steps = {}, 0
+@patch
+def before_train(self:AffinityLoss): self._sums, self._steps = {}, 0
 
-    def before_batch(self):
-        if self.training and self.weight>0: self.tap.on()
+@patch
+def before_batch(self:AffinityLoss):
+    if self.training and self.weight>0: self.tap.on()
 
-    def after_loss(self):
-        if not self.training or not self.weight: return
-        with torch.autocast(self.pred.device.type, enabled=False):
-            terms = affinity_loss(self.tap.blocks, self.pred.float(), self.y.as_subclass(Tensor), self.form)
-            self.learn.loss_grad = self.loss_grad + self.weight*combine(terms, self.form.over_blocks)
-        self.learn.loss = self.loss_grad.detach().clone()
-        for b,v in terms.items(): self._sums[b] = self._sums.get(b, 0) + v.detach()
-        self._steps += 1
+@patch
+def after_loss(self:AffinityLoss):
+    if not self.training or not self.weight: return
+    with torch.autocast(self.pred.device.type, enabled=False):
+        terms = affinity_loss(self.tap.blocks, self.pred.float(), self.y.as_subclass(Tensor), self.form)
+        self.learn.loss_grad = self.loss_grad + self.weight*combine(terms, self.form.over_blocks)
+    self.learn.loss = self.loss_grad.detach().clone()
+    for b,v in terms.items(): self._sums[b] = self._sums.get(b, 0) + v.detach()
+    self._steps += 1
 
-    def after_batch(self):
-        self.tap.off()
-        self.tap.clear()
+@patch
+def after_batch(self:AffinityLoss):
+    self.tap.off()
+    self.tap.clear()
 
-    def after_train(self): 
-        mean = lambda v: (global_sum(v/self._steps)/max(1, num_distrib())).item()   # each process has its own share
-        self.epochs.append({f'aff{b}': mean(v) for b,v in self._sums.items()})
-    def after_fit(self): self.tap.off()
-    def release(self):
-        "After an interrupted fit"
-        if hasattr(self, 'tap'): self.after_batch()
+@patch
+def after_train(self:AffinityLoss):
+    mean = lambda v: (global_sum(v/self._steps)/max(1, num_distrib())).item()   # each process has its own share
+    self.epochs.append({f'aff{b}': mean(v) for b,v in self._sums.items()})
 
-    @property
-    def epoch_values(self): return self.epochs[-1] if self.epochs else {}
+@patch
+def after_fit(self:AffinityLoss): self.tap.off()
+
+@patch
+def release(self:AffinityLoss):
+    "After an interrupted fit"
+    if hasattr(self, 'tap'): self.after_batch()
+
+@patch(as_prop=True)
+def epoch_values(self:AffinityLoss): return self.epochs[-1] if self.epochs else {}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'run_experiment', 'read_results', 'result_table', 'draw_sheet', 'main']
 
-# %% ../nbs/65_experiments.ipynb #b34ec29a
+# %% ../nbs/65_experiments.ipynb #f857fb44
 import argparse, dataclasses, json, os, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd
@@ -14,7 +14,7 @@ from .recipes import Recipe, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_experiments.ipynb #b6e8a4c3
+# %% ../nbs/65_experiments.ipynb #12a988ae
 def _cells(base, variants, seeds):
     "Name → fields, for all variants and seeds"
     return {f"{name}-seed{s}": {**base, **v, 'seed': s} for name,v in variants.items() for s in range(seeds.get(name, 1) if isinstance(seeds, dict) else seeds)}
@@ -52,7 +52,7 @@ EXPERIMENTS = dict(
         'crop192-baseline': dict(size=192, **_baseline),
         }, 1))
 
-# %% ../nbs/65_experiments.ipynb #e35c695d
+# %% ../nbs/65_experiments.ipynb #5c039588
 def _command(cell, out, path, weights):
     "The command line of a cell"
     c = dict(cell)
@@ -61,6 +61,7 @@ def _command(cell, out, path, weights):
     args = [a for k,v in c.items() if v is not None for a in (f'--{k}', str(v))]
     return [sys.executable, '-m', 'sasformer.train', *args, '--out', str(out), '--device', 'cpu', *(['--resume'] if (out/'state.pt').exists() else [])]
 
+# %% ../nbs/65_experiments.ipynb #372ec69e
 def _settings(cell, weights):
     c = {k:v for k,v in cell.items() if k!='recipe'}
     if c.get('weights')=='pretrained': c['weights'] = weights or 'pretrained'
@@ -71,6 +72,7 @@ def _differences(old, new):
     default = {f.name: f.default for f in dataclasses.fields(Recipe)}
     return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
 
+# %% ../nbs/65_experiments.ipynb #051435e0
 def _start(cell, out, path, weights):
     out.mkdir(parents=True, exist_ok=True)
     with open(out/'output.txt', 'a') as log:
@@ -84,6 +86,7 @@ def _collect(name, cell, results, work, weights):
     write_json(results/f'{name}.json', r)
     return name
 
+# %% ../nbs/65_experiments.ipynb #a035482a
 def run_experiment(
     cells:dict,         # Name → fields, as in `EXPERIMENTS`
     results:Path,       # Folder of the result files
@@ -119,7 +122,7 @@ def run_experiment(
         for p in running.values(): p.wait()
     return done
 
-# %% ../nbs/65_experiments.ipynb #cab145fe
+# %% ../nbs/65_experiments.ipynb #f6248072
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -146,7 +149,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_experiments.ipynb #61847670
+# %% ../nbs/65_experiments.ipynb #f0290ebd
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -168,7 +171,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_experiments.ipynb #1ba47785
+# %% ../nbs/65_experiments.ipynb #e32782e7
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.experiments', description="Run what is missing of an experiment.", allow_abbrev=False)
     p.add_argument('experiment', choices=tuple(EXPERIMENTS), help="Which comparison")

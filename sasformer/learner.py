@@ -8,7 +8,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'parameter_groups', 'SparseLearner', 'sparse_learner', 'write_json', 'save_segmenter', 'load_segmenter',
            'environment', 'peak_memory', 'RunFolder', 'rows_to_csv']
 
-# %% ../nbs/31_learner.ipynb #80ce8754
+# %% ../nbs/31_learner.ipynb #64dce669
 import csv, io, os, sys, json, math, time, platform, subprocess, contextlib
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
@@ -24,7 +24,7 @@ from .data import global_sum
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 
-# %% ../nbs/31_learner.ipynb #b8d0ea6c
+# %% ../nbs/31_learner.ipynb #67e197f3
 def logits_at(
     logits:Tensor,  # (B, C, h, w)
     on:Tensor,      # Which pixels, (B, H, W) bool
@@ -41,7 +41,7 @@ def _neighbours(i, n, N):
     low = s.long()
     return low, (low+1).clamp_max(n-1), (s-low)[:,None]
 
-# %% ../nbs/31_learner.ipynb #1c7fb12f
+# %% ../nbs/31_learner.ipynb #7f90cfd8
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
@@ -69,7 +69,7 @@ class PartialCrossEntropy:
     def activation(self, x): return x.softmax(1)
     def decodes(self, x): return x.argmax(1)
 
-# %% ../nbs/31_learner.ipynb #de3fc247
+# %% ../nbs/31_learner.ipynb #41c84b95
 class PlainTensors(Callback):
     "Batches as plain tensors"
     order = -5
@@ -89,7 +89,7 @@ class Autocast(Callback):
         self.context = None
     after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
-# %% ../nbs/31_learner.ipynb #49ba1a86
+# %% ../nbs/31_learner.ipynb #af546d20
 class SeedEpoch(Callback):
     "Each epoch starts from (seed, epoch, process): the data's order and augmentation, dropout, drop path"
     order = -10
@@ -120,7 +120,7 @@ class EpochLines(Callback):
     def after_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
-# %% ../nbs/31_learner.ipynb #47e778d2
+# %% ../nbs/31_learner.ipynb #cc1bac62
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
     def forward(self, x):
@@ -158,7 +158,7 @@ class Distributed(Callback):
     def after_fit(self): self.learn.model, self.ddp = self.bare, None
     def release(self): self.learn.model = getattr(self, 'bare', self.learn.model)
 
-# %% ../nbs/31_learner.ipynb #e677a2d5
+# %% ../nbs/31_learner.ipynb #f4f42686
 class PixelLoss(Metric):
     "Mean loss per labelled pixel, over all batches and processes"
     name = 'loss'
@@ -172,7 +172,7 @@ class PixelLoss(Metric):
         total, n = global_sum(self.sums.to(device)).tolist()
         return total/max(n, 1)
 
-# %% ../nbs/31_learner.ipynb #943702b6
+# %% ../nbs/31_learner.ipynb #ebff05b9
 def poly_schedule(
     lr,              # Highest learning rate, or one per parameter group
     power:float=.9,  # Exponent
@@ -197,7 +197,7 @@ def fit_poly(self:Learner,
     lrs = np.array([h['lr'] for h in self.opt.hypers])
     self.fit(epochs, lr=lrs, wd=wd, cbs=L(ParamScheduler({'lr': poly_schedule(lrs, power, warmup)}))+L(cbs))
 
-# %% ../nbs/31_learner.ipynb #42f3e49d
+# %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone` and `decoder`
 )->L:                 # Lists of parameters: backbone, its biases and norms, decoder, its biases and norms
@@ -219,6 +219,7 @@ class SparseLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+# %% ../nbs/31_learner.ipynb #19e205fe
 def sparse_learner(
     dls:DataLoaders,           # From `sparse_dataloaders`
     model:str|nn.Module,       # A segmenter or the name of one
@@ -263,7 +264,7 @@ def sparse_learner(
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 
-# %% ../nbs/31_learner.ipynb #e7505192
+# %% ../nbs/31_learner.ipynb #78c54457
 def write_json(path, data):
     "Write `data` as JSON, replacing the file in one step"
     with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
@@ -301,7 +302,7 @@ def load_segmenter(
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
     return model.to(device).eval()
 
-# %% ../nbs/31_learner.ipynb #bb886e6d
+# %% ../nbs/31_learner.ipynb #fb507aea
 def environment()->dict:
     "Machine, versions and commit, for result files"
     def run(*cmd):
@@ -320,7 +321,7 @@ def peak_memory()->float:
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
 
-# %% ../nbs/31_learner.ipynb #0dbfa980
+# %% ../nbs/31_learner.ipynb #39b867ab
 class RunFolder(Callback):
     "Keeps a run on disk: log, models, and the state from which it can go on"
     order = 70   # after the recorder and the progress bar
@@ -345,60 +346,69 @@ class RunFolder(Callback):
             self.board = SummaryWriter(self.folder)
         self._since, self._environment = time.time(), environment()
 
-    def _saved(self, path):
-        try: return torch.load(path, map_location='cpu', weights_only=True)
-        except Exception as e: raise ValueError(f"{path}: cannot be read as the state of a run: {e}") from e
+# %% ../nbs/31_learner.ipynb #70c1878c
+@patch
+def _saved(self:RunFolder, path):
+    try: return torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise ValueError(f"{path}: cannot be read as the state of a run: {e}") from e
 
-    def _restore(self, s):
-        old, new = json.loads(s['settings']), self.settings
-        if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k)!=new.get(k)]:
-            raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
-        if s['epochs']==s['n_epoch']==self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
-        if s['n_epoch']!=self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
-        self.model.load_state_dict(s['model'])
-        self.opt.load_state_dict(s['opt'])
-        if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])   # of float16
-        self.learn.first_epoch, self.rows, self.best, self.iou = s['epochs'], s['rows'], s['best'], s['iou']
+@patch
+def _restore(self:RunFolder, s):
+    old, new = json.loads(s['settings']), self.settings
+    if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k)!=new.get(k)]:
+        raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
+    if s['epochs']==s['n_epoch']==self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
+    if s['n_epoch']!=self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
+    self.model.load_state_dict(s['model'])
+    self.opt.load_state_dict(s['opt'])
+    if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])   # of float16
+    self.learn.first_epoch, self.rows, self.best, self.iou = s['epochs'], s['rows'], s['best'], s['iou']
 
-    def before_train(self): self._losses = []
-    def after_batch(self):
-        if self.training: self._losses.append(self.loss.detach())
+# %% ../nbs/31_learner.ipynb #77d22f19
+@patch
+def before_train(self:RunFolder): self._losses = []
+@patch
+def after_batch(self:RunFolder):
+    if self.training: self._losses.append(self.loss.detach())
 
-    def after_epoch(self):
-        values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))   # without epoch, smoothed loss, time
-        row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k,v in values.items() if v is not None})
-        for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
-        now = time.time()
-        row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)
-        self._since = now
-        self.rows.append(row)
-        better = row.get('miou', -1.)>self.best
-        if better: self.best = row['miou']
-        if 'miou' in row: self.iou = self.learn.confusion.total().iou.tolist()
-        if rank_distrib(): return
-        with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
-        if better: self._save('best')
-        opt = self.opt.state_dict()
-        for g in opt['param_groups']: g.update({k: v.item() for k,v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
-        with replacing(self.folder/'state.pt') as tmp:
-            torch.save(dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch, rows=self.rows,
-                            best=self.best, iou=self.iou, scaler=s.state_dict() if (s := getattr(self.learn, 'scaler', None)) else None, model=self.model.state_dict(), opt=opt), tmp)
-        if self.tensorboard:
-            for k,v in row.items(): self.board.add_scalar(k, v, row['epoch'])
+@patch
+def after_epoch(self:RunFolder):
+    values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))   # without epoch, smoothed loss, time
+    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k,v in values.items() if v is not None})
+    for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
+    now = time.time()
+    row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)
+    self._since = now
+    self.rows.append(row)
+    better = row.get('miou', -1.)>self.best
+    if better: self.best = row['miou']
+    if 'miou' in row: self.iou = self.learn.confusion.total().iou.tolist()
+    if rank_distrib(): return
+    with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
+    if better: self._save('best')
+    opt = self.opt.state_dict()
+    for g in opt['param_groups']: g.update({k: v.item() for k,v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
+    with replacing(self.folder/'state.pt') as tmp:
+        torch.save(dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch, rows=self.rows,
+                        best=self.best, iou=self.iou, scaler=s.state_dict() if (s := getattr(self.learn, 'scaler', None)) else None, model=self.model.state_dict(), opt=opt), tmp)
+    if self.tensorboard:
+        for k,v in row.items(): self.board.add_scalar(k, v, row['epoch'])
 
-    def _save(self, name):
-        src = self.dls.train.dataset.src
-        save_segmenter(self.model, self.folder, name, src.classes, src.palette)
+@patch
+def _save(self:RunFolder, name):
+    src = self.dls.train.dataset.src
+    save_segmenter(self.model, self.folder, name, src.classes, src.palette)
 
-    def after_fit(self):
-        self.learn.first_epoch = 0
-        if self.tensorboard and not rank_distrib(): self.board.close()
-        if rank_distrib() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
-        self._save('last')
-        last = self.rows[-1]
-        write_json(self.folder/'result.json', dict(settings=self.settings, processes=max(1, num_distrib()), device=str(self.dls.device), **self._environment,
-            seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
-            iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
+@patch
+def after_fit(self:RunFolder):
+    self.learn.first_epoch = 0
+    if self.tensorboard and not rank_distrib(): self.board.close()
+    if rank_distrib() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
+    self._save('last')
+    last = self.rows[-1]
+    write_json(self.folder/'result.json', dict(settings=self.settings, processes=max(1, num_distrib()), device=str(self.dls.device), **self._environment,
+        seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
+        iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
 def rows_to_csv(rows):
     "Rows (dicts) as CSV text; a column that a row lacks stays empty"

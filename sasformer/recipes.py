@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
-# %% ../nbs/50_recipes.ipynb #232995dd
+# %% ../nbs/50_recipes.ipynb #eb2d970a
 import dataclasses, json, math, torch
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .attention import AttentionTap
 from .affinity import AffinityLoss, Form, FORMS, DISTANCES
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
-# %% ../nbs/50_recipes.ipynb #65dff6b3
+# %% ../nbs/50_recipes.ipynb #3c03380c
 @dataclass
 class Recipe:
     "Every choice of a training run"
@@ -65,37 +65,39 @@ class Recipe:
 
     def __post_init__(self): self.check()
 
-    def check(self):
-        "Raises for values that cannot be meant, before any work"
-        def among(name, value, allowed):
-            if value is not None and value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
-        among('data', self.data, tuple(SOURCES)); among('method', self.method, tuple(METHODS)); among('form', self.form, tuple(FORMS))
-        among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2)); among('schedule', self.schedule, ('poly','onecycle'))
-        parse_annotation(self.annotation.removeprefix('sim_'))
-        if (self.epochs is None)==(self.iterations is None): raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-        for n in ('size','bs','decoder_dim','epochs','iterations','validate_every','lr'):
-            if getattr(self,n) is not None and getattr(self,n)<=0: raise ValueError(f"{n}={getattr(self,n)}: expected more than 0")
-        for n in ('alpha','wd','num_workers','cache_mb'):
-            if getattr(self,n)<0: raise ValueError(f"{n}={getattr(self,n)}: expected 0 or more")
-        for n in ('start','alpha_warmup','warmup','drop_path','dropout'):
-            if not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
-        if not 0<self.scale_min<=self.scale_max: raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
-        self.affinity_form
+# %% ../nbs/50_recipes.ipynb #9d2a9e4f
+@patch
+def check(self:Recipe):
+    "Raises for values that cannot be meant, before any work"
+    def among(name, value, allowed):
+        if value is not None and value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+    among('data', self.data, tuple(SOURCES)); among('method', self.method, tuple(METHODS)); among('form', self.form, tuple(FORMS))
+    among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2)); among('schedule', self.schedule, ('poly','onecycle'))
+    parse_annotation(self.annotation.removeprefix('sim_'))
+    if (self.epochs is None)==(self.iterations is None): raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
+    for n in ('size','bs','decoder_dim','epochs','iterations','validate_every','lr'):
+        if getattr(self,n) is not None and getattr(self,n)<=0: raise ValueError(f"{n}={getattr(self,n)}: expected more than 0")
+    for n in ('alpha','wd','num_workers','cache_mb'):
+        if getattr(self,n)<0: raise ValueError(f"{n}={getattr(self,n)}: expected 0 or more")
+    for n in ('start','alpha_warmup','warmup','drop_path','dropout'):
+        if not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
+    if not 0<self.scale_min<=self.scale_max: raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
+    self.affinity_form
 
-    @property
-    def affinity_form(self)->Form:
-        "The form of the affinity loss, with the fields that were given"
-        try: blocks = None if self.blocks is None else tuple(int(b) for b in str(self.blocks).split(','))
-        except ValueError: raise ValueError(f"blocks={self.blocks!r}: expected indices from 1 with commas between them") from None
-        given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
-        return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
+@patch(as_prop=True)
+def affinity_form(self:Recipe)->Form:
+    "The form of the affinity loss, with the fields that were given"
+    try: blocks = None if self.blocks is None else tuple(int(b) for b in str(self.blocks).split(','))
+    except ValueError: raise ValueError(f"blocks={self.blocks!r}: expected indices from 1 with commas between them") from None
+    given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
+    return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
-# %% ../nbs/50_recipes.ipynb #221278b4
+# %% ../nbs/50_recipes.ipynb #2c3abfb5
 METHODS = dict(
     baseline=lambda r: [],
     sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
 
-# %% ../nbs/50_recipes.ipynb #986a0dde
+# %% ../nbs/50_recipes.ipynb #e04e2d1f
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on; where the data and the weights lie, and how they are read, is not part of it"
@@ -143,7 +145,7 @@ def run(self:Recipe, learn):
     else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 
-# %% ../nbs/50_recipes.ipynb #0c25345a
+# %% ../nbs/50_recipes.ipynb #8251542e
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4)
 RECIPES = dict(
