@@ -7,10 +7,9 @@ __all__ = ['METHODS', 'RECIPES', 'Recipe', 'recipe']
 
 # %% ../nbs/50_recipes.ipynb #eb2d970a
 import dataclasses, json, math, torch
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from fastcore.all import *
-from fastai.vision.all import rank_distrib
 from .annotations import parse_annotation
 from .datasets import get_source, SOURCES
 from .data import sparse_dataloaders
