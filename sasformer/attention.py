@@ -14,6 +14,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models.eva import AttentionRope, Eva, EvaAttention
 from timm.models.pvt_v2 import PyramidVisionTransformerStage
 from timm.models.vision_transformer import Attention, VisionTransformer
+from .segmenters import MaskTransformer
 
 # %% ../nbs/12_attention.ipynb #d6a6f21f
 class QK(NamedTuple):
@@ -55,17 +56,20 @@ class AttentionTap:
     "Record the queries and keys of every layer of a timm transformer; a context manager, or `on` and `off`"
     def __init__(self,
         model:nn.Module,  # A timm transformer, or a module that holds one (features_only, a segmenter, DDP)
-        blocks=None,      # Indices of the blocks to record, from 0; all if `None`
+        blocks=None,      # Indices of the blocks to record, from 0; all of the encoder's if `None`
         groups:int=4,     # Blocks into which the layers of a transformer without stages are split
     ):
         self.model, self._handles, self._seen = model, [], {}
         self.layers = []  # `QK` of each layer in the order of execution, of the last forward pass
         self._transformer = _find_transformer(model)
         attention = _find_attention(self._transformer, groups)
-        self.n_blocks = attention[-1][1] + 1
-        wrong = [b for b in blocks or () if b not in range(self.n_blocks)]
-        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {self.n_blocks - 1}')
-        self._attention = [(a, b) for a, b in attention if blocks is None or b in blocks]
+        self.n_blocks = attention[-1][1] + 1   # of the encoder; a mask transformer behind it is the next one
+        self._decoder = next((m for m in model.modules() if isinstance(m, MaskTransformer)), None)
+        if blocks is None: blocks = range(self.n_blocks)
+        if self._decoder is not None: attention += [(layer.attn, self.n_blocks) for layer in self._decoder.blocks]
+        wrong = [b for b in blocks if b not in range(attention[-1][1] + 1)]
+        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {attention[-1][1]}')
+        self._attention = [(a, b) for a, b in attention if b in blocks]
 
     @property
     def blocks(self)->dict:  # Index of a block → list of `QK`
@@ -144,7 +148,8 @@ def _hook_pyramid(self:AttentionTap, attn, block):
 # %% ../nbs/12_attention.ipynb #a71c0e48
 @patch
 def _hook_vit(self:AttentionTap, attn, block):
-    seen, prefix = self._seen, self._transformer.num_prefix_tokens
+    seen, prefix, suffix = self._seen, self._transformer.num_prefix_tokens, 0
+    if block == self.n_blocks: prefix, suffix = 0, self._decoder.tokens.shape[1]   # the mask transformer has its class tokens behind
     def start(args, kwargs):
         if kwargs.get('attn_mask') is not None or kwargs.get('is_causal'):
             raise RuntimeError('attention with a mask cannot be recorded')
@@ -155,10 +160,11 @@ def _hook_vit(self:AttentionTap, attn, block):
         return torch.cat([x[:, :, :prefix], rotated], 2).type_as(x)
     def end(args, kwargs, out):
         q, k, rope, (h, w) = seen.pop('q'), seen.pop('k'), seen.pop('rope'), seen['grid']
-        if q.shape[2] != prefix + h * w:
-            raise RuntimeError(f'{q.shape[2]} tokens, expected {prefix} + {h}×{w}: patch dropout must be off while an AttentionTap is on')
+        n = prefix + h * w
+        if q.shape[2] != n + suffix:
+            raise RuntimeError(f'{q.shape[2]} tokens, expected {prefix} + {h}×{w} + {suffix}: patch dropout must be off while an AttentionTap is on')
         q, k = rotate(q, rope), rotate(k, rope).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        self._add(q, k, attn.scale, (h, w), (h, w), block, prefix)
+        self._add(q[:, :, :n], k[:, :, :n], attn.scale, (h, w), (h, w), block, prefix)
     self._listen(attn, start, before=True)
     self._listen(attn.q_norm, lambda args, kwargs, out: seen.update(q=out))
     self._listen(attn.k_norm, lambda args, kwargs, out: seen.update(k=out))

@@ -199,11 +199,11 @@ def fit_poly(self:Learner,
 
 # %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
-    model:nn.Module,  # A segmenter with `backbone` and `decoder`
-)->L:                 # Lists of parameters: backbone, its biases and norms, decoder, its biases and norms
+    model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
+)->L:                 # Lists of parameters: backbone, its biases and norms, decoder and auxiliary heads, their biases and norms
     "Parameters by part, and by whether they are matrices"
     return L(L(p for p in part.parameters() if p.requires_grad and (p.ndim>1)==matrix)
-             for part in (model.backbone, model.decoder) for matrix in (True, False))
+             for part in (model.backbone, nn.ModuleList([model.decoder, model.auxiliary])) for matrix in (True, False))
 
 OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch.optim.AdamW, betas=(.9,.999)))
 
@@ -276,11 +276,11 @@ def save_segmenter(
     classes:list=None,   # Class names
     palette=None,        # (C, 3) colours
 ):
-    "Weights and what rebuilds their model, each file replaced in one step"
+    "Weights and what rebuilds their model, each file replaced in one step; auxiliary heads have served and are left out"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
-        save_file({k: v.contiguous() for k,v in model.state_dict().items()}, tmp)
+        save_file({k: v.contiguous() for k,v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=np.asarray(palette).tolist() if palette is not None else None))
 
 def load_segmenter(

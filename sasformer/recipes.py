@@ -14,7 +14,8 @@ from .annotations import parse_annotation
 from .datasets import get_source, SOURCES
 from .data import sparse_dataloaders
 from .attention import AttentionTap
-from .affinity import AffinityLoss, Form, FORMS, DISTANCES
+from .affinity import AffinityLoss, Form, FORMS
+from .tree import TreeEnergyLoss
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
 # %% ../nbs/50_recipes.ipynb #3c03380c
@@ -28,7 +29,7 @@ class Recipe:
     decoder_dim:int = 256            # Channels inside the decoder
     weights:str|None = None          # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
     last_stride:int|None = None      # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
-    method:str = 'sasformer'         # 'baseline' (partial cross-entropy alone) or 'sasformer' (with the affinity loss)
+    method:str = 'sasformer'         # What is added to the partial cross-entropy: baseline (nothing), sasformer (the affinity loss), tel (the tree energy loss) or sasformer+tel
     alpha:float = 1.2                # Weight of the affinity loss
     form:str = 'default'             # Form of the affinity loss: default, paper or released
     blocks:str|None = None           # Encoder blocks in the loss, as in '1,2'; None: the form's
@@ -39,7 +40,12 @@ class Recipe:
     detach:str|None = None           # What is held fixed, letters of A, V, P ('' nothing); None: the form's
     start:float = 0.                 # Share of the training before the affinity loss comes in
     alpha_warmup:float = 0.          # Share of the training over which its weight rises
-    size:int = 128                   # Side of the training crops, pixels
+    share:float = 1.                 # Share of the positions that the affinity loss draws in each step; 1: all
+    tree_weight:float = .4           # Weight of the tree energy loss
+    sigma:float = .02                # Scale of its affinities on the image's tree
+    trees:str = 'low,high'           # Its trees: low (of the image), high (of the features) or both
+    size:int = 128                   # Height of the training crops, pixels
+    width:int|None = None            # Their width; None: as the height
     bs:int = 16                      # Batch over all processes
     epochs:int|None = None           # Passes through the training images; give this or iterations
     iterations:int|None = None       # Steps, rounded up to whole epochs
@@ -74,27 +80,28 @@ def check(self:Recipe):
     among('opt', self.opt, tuple(OPTIMISERS)); among('precision', self.precision, ('fp32','bf16','fp16')); among('last_stride', self.last_stride, (1,2)); among('schedule', self.schedule, ('poly','onecycle'))
     parse_annotation(self.annotation.removeprefix('sim_'))
     if (self.epochs is None)==(self.iterations is None): raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-    for n in ('size','bs','decoder_dim','epochs','iterations','validate_every','lr'):
+    for n in ('size','width','bs','decoder_dim','epochs','iterations','validate_every','lr'):
         if getattr(self,n) is not None and getattr(self,n)<=0: raise ValueError(f"{n}={getattr(self,n)}: expected more than 0")
-    for n in ('alpha','wd','num_workers','cache_mb'):
+    for n in ('alpha','tree_weight','wd','num_workers','cache_mb'):
         if getattr(self,n)<0: raise ValueError(f"{n}={getattr(self,n)}: expected 0 or more")
     for n in ('start','alpha_warmup','warmup','drop_path','dropout'):
         if not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
     if not 0<self.scale_min<=self.scale_max: raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
-    self.affinity_form
+    METHODS[self.method](self)   # their own values
 
 @patch(as_prop=True)
 def affinity_form(self:Recipe)->Form:
     "The form of the affinity loss, with the fields that were given"
     try: blocks = None if self.blocks is None else tuple(int(b) for b in str(self.blocks).split(','))
     except ValueError: raise ValueError(f"blocks={self.blocks!r}: expected indices from 1 with commas between them") from None
-    given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach))
+    given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach), share=None if self.share==1 else self.share)
     return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
 # %% ../nbs/50_recipes.ipynb #2c3abfb5
-METHODS = dict(
-    baseline=lambda r: [],
-    sasformer=lambda r: [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)])
+def _affinity(r): return [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)]
+def _tree(r): return [TreeEnergyLoss(r.tree_weight, r.sigma, tuple(r.trees.split(',')))]
+
+METHODS = {'baseline': lambda r: [], 'sasformer': _affinity, 'tel': _tree, 'sasformer+tel': lambda r: _affinity(r)+_tree(r)}
 
 # %% ../nbs/50_recipes.ipynb #e04e2d1f
 @patch
@@ -122,7 +129,7 @@ def learner(self:Recipe,
     if device is None: device = torch.device('cuda', torch.cuda.current_device()) if torch.cuda.is_available() else torch.device('cpu')
     src = src or self.source()
     src.precompute(self.annotation)
-    dls = sparse_dataloaders(src, self.annotation, self.size, self.bs, seed=self.seed, num_workers=self.num_workers, cache_mb=self.cache_mb,
+    dls = sparse_dataloaders(src, self.annotation, (self.size, self.width or self.size), self.bs, seed=self.seed, num_workers=self.num_workers, cache_mb=self.cache_mb,
                              device=device, scales=(self.scale_min, self.scale_max))
     backbone = dict(pretrained=True) if self.weights=='timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
@@ -147,12 +154,18 @@ def run(self:Recipe, learn):
 # %% ../nbs/50_recipes.ipynb #8251542e
 _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, form='released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., precision='fp16', validate_every=10, num_workers=4)
+_tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
+_tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
     scenes=dict(data='scenes', size=128, bs=8, epochs=40, decoder_dim=128, last_stride=1, validate_every=5),
     camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
-    voc2012_point=dict(_paper, annotation='point', alpha=.2))
+    voc2012_point=dict(_paper, annotation='point', alpha=.2),
+    tel_voc2012_scribble=dict(_tel, annotation='scribble'),
+    tel_voc2012_point=dict(_tel, annotation='point'),
+    tel_cityscapes=dict(_tel_blocks, data='cityscapes', size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4, sigma=.002),
+    tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150))
 
 def recipe(
     name:str,   # One of `RECIPES`

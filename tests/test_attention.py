@@ -4,6 +4,7 @@ import pytest, timm, timm.layers, torch
 from torch import nn
 import sasformer.mit
 from sasformer.attention import AttentionTap, attention_from, attention_map
+from sasformer.segmenters import create_segmenter
 
 vit = dict(img_size=64, embed_dim=48, depth=4, num_heads=3)
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -72,6 +73,48 @@ def test_blocks_and_groups():
     for groups, blocks in [(1, [0] * 5), (4, [0, 0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])]: assert [b for _, b in AttentionTap(model, groups=groups)._attention] == blocks
     with pytest.raises(ValueError, match='expected 1 to 5'): AttentionTap(model, groups=6)
     with pytest.raises(ValueError, match='expected 0 to 3'): AttentionTap(model, blocks=[4])
+
+
+def test_mask_transformer():
+    "Block 4 of a Segmenter: its own attention, class tokens (behind the patches) left out, rows normalised again"
+    torch.manual_seed(0)
+    model, maps = create_segmenter('segmenter_vit_tiny_patch16_224', 5, depth=4).eval(), []
+    for p in model.parameters(): nn.init.normal_(p, std=.2)
+    with torch.no_grad(), AttentionTap(model) as tap: model(x)
+    assert list(tap.blocks) == [0, 1, 2, 3] and tap.n_blocks == 4   # not unless asked for
+    tap = AttentionTap(model, blocks=range(5))
+    for layer in model.decoder.blocks:
+        layer.attn.fused_attn = False
+        layer.attn.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
+    with torch.no_grad(), tap: model(torch.randn(2, 3, 60, 75))
+    layers = tap.blocks[4]
+    assert len(tap.layers) == 6 and [l.prefix for l in tap.layers] == [1, 1, 1, 1, 0, 0] and layers[0].q.shape == (2, 3, 20, 64)
+    assert maps[0].shape == (2, 3, 25, 25) and layers[0].q_size == layers[0].k_size == (4, 5)
+    explicit = sum((a[..., :20, :20] / a[..., :20, :20].sum(-1, keepdim=True)).mean(1) for a in maps) / 2
+    torch.testing.assert_close(attention_map(layers), explicit, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match='expected 0 to 4'): AttentionTap(model, blocks=[5])
+    model.train()
+    with AttentionTap(model, blocks=[4]) as tap: model(x)
+    attention_map(tap.blocks[4]).square().sum().backward()
+    assert model.decoder.blocks[1].attn.qkv.weight.grad.abs().max() > 0 and model.backbone.model.blocks[3].attn.qkv.weight.grad is not None
+
+
+@pytest.mark.parametrize('name, blocks', [('segmenter', (1, 2, 3, 4, 5)), ('setr', None)])
+def test_affinity_loss_on_vits(name, blocks):
+    from fastai.vision.all import DataLoader, DataLoaders, Learner
+    from sasformer.affinity import AffinityLoss, Form, propagate
+    torch.manual_seed(0)
+    model, labels = create_segmenter(f'{name}_vit_tiny_patch16_224', 3, depth=4), torch.full((64, 80), 255)
+    labels[:20, :20] = 1
+    dl = DataLoader([(image, labels) for image in torch.randn(4, 3, 64, 80)], bs=2)
+    loss = lambda y, t: nn.functional.cross_entropy(nn.functional.interpolate(y, t.shape[-2:], mode='bilinear'), t, ignore_index=255)
+    learn = Learner(DataLoaders(dl, dl), model, loss, cbs=AffinityLoss(form=Form(blocks=blocks)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    values = learn.affinity_loss.epochs[0]
+    assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)] and all(v > 0 for v in values.values()) and n_hooks(model) == 0
+    with torch.no_grad(), AttentionTap(model, [b - 1 for b in blocks] if blocks else None) as tap: y = model(x)
+    p = y.softmax(1).flatten(2).mT
+    for layers in tap.blocks.values(): torch.testing.assert_close(propagate(layers, p), attention_map(layers) @ p, atol=1e-5, rtol=0)
 
 
 def gradients(model, clear=True):

@@ -1,6 +1,8 @@
 "Segmenters: the decoder against its plain form and against transformers, names, odd backbones"
-import pytest, torch, torch.nn.functional as F
-from sasformer.segmenters import Segmenter, SegformerDecoder, create_segmenter, list_segmenters
+import pytest, timm, torch, torch.nn.functional as F
+from torch import nn
+from sasformer.inference import predict_logits
+from sasformer.segmenters import ASPP, DeepLabV3PlusDecoder, MaskTransformer, Segmenter, SegformerDecoder, create_segmenter, list_segmenters
 
 channels,sizes = (8, 12, 20, 16),((13, 18), (7, 9), (4, 5), (2, 3))
 
@@ -62,10 +64,119 @@ def test_segformer_of_transformers(tmp_path):
 
 @pytest.mark.parametrize('name,kw,stride', [
     ('resnet18', {}, 4), ('swin_tiny_patch4_window7_224', dict(img_size=64), 4), ('pvt_v2_b0', {}, 4),
-    ('vit_tiny_patch16_224', dict(dynamic_img_size=True, out_indices=(3, 7, 11)), 16)])
+    ('vit_tiny_patch16_224', dict(out_indices=(3, 7, 11)), 16)])
 def test_backbones(name, kw, stride):
     model = create_segmenter(f'segformer_{name}', 3, **kw).eval()
     with torch.no_grad(): assert model(torch.randn(1, 3, 64, 64)).shape == (1, 3, 64//stride, 64//stride)
+
+
+small = dict(depth=2)   # layers of a ViT
+# name, options, size of the scores of 75×97 pixels
+models = [('deeplabv3plus_resnet10t', {}, (19, 25)), ('deeplabv3plus_efficientnet_b0', {}, (19, 25)), ('hrnet_hrnet_w18_small', {}, (24, 32)),
+          *[(f'{d}_vit_tiny_patch16_224', small, s) for d,s in dict(segmenter=(5, 7), linear=(5, 7), setr=(5, 7), setrpup=(40, 56)).items()],
+          ('segmenter_deit_tiny_distilled_patch16_224', small, (5, 7)), ('linear_eva02_tiny_patch14_224', small, (6, 7)),
+          ('setr_vit_small_patch16_dinov3', small, (5, 7)), ('linear_vit_base_patch16_gap_224', small, (5, 7)),
+          ('segmenter_vit_small_patch14_reg4_dinov2', small, (6, 7)), ('segformer_vit_tiny_patch16_224', small | dict(out_indices=(0, 1)), (5, 7))]
+
+
+@pytest.mark.parametrize('name,kw,size', models)
+def test_odd_sizes_gradients_and_config(name, kw, size):
+    torch.manual_seed(0)
+    model,x,seen = create_segmenter(name, 5, drop_path_rate=0., **kw),torch.randn(2, 3, 75, 97),[]
+    assert name in list_segmenters()
+    model.decoder.classify.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    y = model(x)
+    assert y.shape == (2, 5, *size) and seen[0].ndim == 4 and seen[0].shape[0] == 2
+    y.square().mean().backward()
+    assert not [n for n,p in model.named_parameters() if p.grad is None]
+    again = create_segmenter(**model.config).eval()
+    again.load_state_dict(model.state_dict())
+    assert not len(model.auxiliary) and torch.equal(predict_logits(again, x), predict_logits(model, x))
+    assert predict_logits(model, x).shape == (2, 5, 75, 97) == predict_logits(model, x, window=64).shape
+
+
+def test_padded_scores_lie_where_the_image_is():
+    "Scores that say where a patch is, resized to the image, say where each pixel is"
+    model,x = Segmenter(nn.AvgPool2d(8), nn.Identity(), multiple=8),torch.stack(torch.meshgrid(torch.arange(59.), torch.arange(81.), indexing='ij'))[None]
+    y = F.interpolate(model(x), (59, 81), mode='bilinear', align_corners=False)
+    inside = (..., slice(12, 42), slice(12, 66))
+    torch.testing.assert_close(y[inside], x[inside], rtol=0, atol=1e-3)
+    model = create_segmenter('linear_vit_tiny_patch16_224', 3, depth=1).eval()
+    with torch.no_grad():
+        whole = model(F.pad(torch.ones(1, 3, 90, 120), (0, 8, 0, 6)))
+        assert whole.shape == model(torch.ones(1, 3, 90, 120)).shape == (1, 3, 6, 8)
+
+
+def test_aspp_of_torchvision():
+    deeplabv3 = pytest.importorskip('torchvision.models.segmentation.deeplabv3')
+    torch.manual_seed(0)
+    ours,theirs = ASPP(24, 16).eval(),deeplabv3.ASPP(24, [6, 12, 18], 16).eval()
+    for p in theirs.state_dict().values():
+        if p.is_floating_point(): p.uniform_(.1, .5)
+    state = theirs.state_dict()
+    assert [p.shape for p in state.values()] == [p.shape for p in ours.state_dict().values()]
+    ours.load_state_dict(dict(zip(ours.state_dict(), state.values())))
+    x = torch.randn(2, 24, 21, 27)
+    with torch.no_grad(): torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    rates = lambda d: [b[0].dilation[0] for b in d.aspp.branches]
+    assert rates(DeepLabV3PlusDecoder([8, 8], 2)) == [1, 6, 12, 18]
+    assert rates(create_segmenter('deeplabv3plus_resnet10t', 2, output_stride=8).decoder) == [1, 12, 24, 36]
+
+
+def test_branches_of_hrnet():
+    with torch.device('meta'): model = create_segmenter('hrnet_hrnet_w48', 19)
+    assert model.backbone.feature_info.channels() == [48, 96, 192, 384] and model.backbone.feature_info.reduction() == [4, 8, 16, 32]
+    assert model.decoder.fuse[0].weight.shape == (720, 720, 3, 3)
+    backbone = create_segmenter('hrnet_hrnet_w18_small', 3).backbone
+    plain = timm.create_model('hrnet_w18_small')   # the whole network, before the layers of its classifier
+    plain.load_state_dict(backbone.state_dict(), strict=False)
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        ours = backbone.eval()(x)
+        plain.eval()
+        y = plain.act2(plain.bn2(plain.conv2(plain.act1(plain.bn1(plain.conv1(x))))))
+        for a,b in zip(ours, plain.stages(y), strict=True): torch.testing.assert_close(a, b)
+
+
+def test_last_layer_is_normalised():
+    "The features of Segmenter and SETR are what timm's classifier sees, without the class token"
+    for name in 'vit_tiny_patch16_224', 'vit_base_patch16_gap_224':   # the latter normalises the mean of the patches
+        plain = timm.create_model(name, depth=2).eval()
+        model = create_segmenter(f'linear_{name}', 3, depth=2).eval()
+        norm = plain.fc_norm if isinstance(plain.norm, nn.Identity) else plain.norm
+        for p in norm.parameters(): nn.init.uniform_(p, .5, 1.5)
+        model.backbone.model.load_state_dict({n.replace('fc_norm', 'norm'): p for n,p in plain.state_dict().items() if not n.startswith('head')})
+        x = torch.randn(1, 3, 224, 224)
+        with torch.no_grad():
+            expected = plain.forward_features(x)
+            if norm is plain.fc_norm: expected = norm(expected)
+            torch.testing.assert_close(model.backbone(x)[0].flatten(2).mT, expected[:, plain.num_prefix_tokens:], rtol=1e-4, atol=1e-4)
+
+
+def test_mask_transformer_step_by_step():
+    torch.manual_seed(0)
+    decoder,f = MaskTransformer([64], 3, dim=128).eval(),torch.randn(2, 64, 4, 5)
+    assert abs(decoder.classify.patch.weight.std().item() - 128**-.5) < .005 and len(decoder.blocks) == 2 and decoder.blocks[0].attn.num_heads == 2
+    for p in decoder.parameters(): p.data += torch.randn_like(p)*.05
+    with torch.no_grad():
+        x = torch.cat([decoder.project(f.flatten(2).mT), decoder.tokens.expand(2, -1, -1)], 1)
+        for b in decoder.blocks:
+            q,k,v = b.attn.qkv(b.norm1(x)).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+            x = x + b.attn.proj(((q @ k.mT)/8).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
+            x = x + b.mlp(b.norm2(x))
+        x,c = decoder.norm(x),decoder.classify
+        cosines = F.cosine_similarity(c.patch(x[:, :20])[:, :, None], c.token(x[:, 20:])[:, None], dim=-1)
+        torch.testing.assert_close(decoder([f]), c.norm(cosines).mT.unflatten(2, (4, 5)), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match='multiple of 64, got decoder_dim=100'): MaskTransformer([192], 3, dim=100)
+
+
+def test_last_doubling_of_pup_is_left_to_others():
+    decoder,f = create_segmenter('setrpup_vit_tiny_patch16_224', 3, decoder_dim=16, depth=1).decoder.eval(),torch.randn(1, 192, 3, 4)
+    def double(x): return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
+    with torch.no_grad():
+        y = f
+        for layer in decoder.layers: y = double(layer[-3:](y) if isinstance(layer[0], nn.Conv2d) else layer[1](y))
+        torch.testing.assert_close(decoder.classify(y), double(decoder([f])), rtol=1e-5, atol=1e-5)
 
 
 def test_config_makes_the_model_again():
@@ -82,7 +193,14 @@ def test_every_parameter_learns():
 
 
 def test_errors(tmp_path):
-    assert 'segformer_mit_b5' in list_segmenters()
+    assert 'segformer_mit_b5' in list_segmenters() and list_segmenters('hrnet_w48') == ['segformer_hrnet_w48', 'hrnet_hrnet_w48']
+    assert not {'deeplabv3plus_mit_b0', 'segmenter_resnet18', 'hrnet_resnet18', 'setr_mit_b0'} & set(list_segmenters())
+    for name in 'deeplabv3plus_vit_tiny_patch16_224', 'deeplabv3plus_mit_b0', 'segmenter_resnet18', 'hrnet_resnet18', 'setr_swin_tiny_patch4_window7_224':
+        with pytest.raises(ValueError, match=f"no segmenter '{name}': .* is none of them"): create_segmenter(name, 2)
+    with pytest.raises(ValueError, match="did you mean 'segmenter_vit_tiny_patch16_224'"): create_segmenter('segmentr_vit_tiny_patch16_224', 2)
+    with pytest.raises(ValueError, match="cannot make features of 'resnet18' for deeplabv3plus with .*'output_stride': 7"): create_segmenter('deeplabv3plus_resnet18', 2, output_stride=7)
+    with pytest.raises(ValueError, match='takes the last layer'): create_segmenter('setr_vit_tiny_patch16_224', 2, out_indices=(3,))
+    with pytest.raises(ValueError, match='decoder_dim=64'): create_segmenter('linear_vit_tiny_patch16_224', 2, decoder_dim=64)
     with pytest.raises(ValueError, match="did you mean 'segformer_mit_b0'"): create_segmenter('segformr_mit_b0', 2)
     with pytest.raises(ValueError, match='no segmenter'): create_segmenter('', 2)
     with pytest.raises(ValueError, match="cannot make features of 'resnet18'.*last_stride"): create_segmenter('segformer_resnet18', 2, last_stride=1)
@@ -92,9 +210,10 @@ def test_errors(tmp_path):
 
 
 def test_other_backbones_weights_from_a_file(tmp_path):
-    import timm
     from safetensors.torch import save_file
-    state = timm.create_model('resnet10t', num_classes=5).state_dict()
-    save_file(state, tmp_path/'r.safetensors')
-    model = create_segmenter('segformer_resnet10t', 2, weights=tmp_path/'r.safetensors')
-    torch.testing.assert_close(model.backbone.state_dict()['layer4.0.conv1.weight'], state['layer4.0.conv1.weight'])
+    for name,kw,tensor,inside in [('segformer_resnet10t', {}, 'layer4.0.conv1.weight', ''), ('deeplabv3plus_resnet10t', {}, 'layer4.0.conv1.weight', ''),
+                              ('segmenter_vit_tiny_patch16_224', dict(depth=1), 'blocks.0.mlp.fc1.weight', 'model.')]:
+        state = timm.create_model(name.partition('_')[2], num_classes=5, **kw).state_dict()
+        save_file(state, tmp_path/'w.safetensors')
+        model = create_segmenter(name, 2, weights=tmp_path/'w.safetensors', **kw)
+        assert torch.equal(model.backbone.state_dict()[inside+tensor], state[tensor])
