@@ -19,6 +19,7 @@ from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
                                ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException, CancelEpochException, rank_distrib, num_distrib)
+from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing
 from .data import global_sum
 from .segmenters import create_segmenter
@@ -146,7 +147,7 @@ class Distributed(Callback):
             raise RuntimeError(f"{num_distrib()} processes were started but not connected: call `accelerate.PartialState()` first")
         self.bare = self.model
         device = next(self.bare.parameters()).device
-        if device.type=='cuda': self.bare = nn.SyncBatchNorm.convert_sync_batchnorm(self.bare)
+        if device.type=='cuda': self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
         else:
             for m in self.bare.modules():
                 if type(m) is nn.BatchNorm2d: m.__class__ = CPUSyncBatchNorm

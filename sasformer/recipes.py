@@ -26,7 +26,7 @@ class Recipe:
     path:str|None = None             # Folder of the data set; scenes need none
     annotation:str = 'scribble'      # Training labels: dense, point, scribble, block10, block20, block50; options as in 'scribble:length=0.5,drop=0.2'
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
-    decoder_dim:int = 256            # Channels inside the decoder
+    decoder_dim:int|None = None      # Channels inside the decoder; None: the decoder's own
     weights:str|None = None          # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
     last_stride:int|None = None      # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
     method:str = 'sasformer'         # What is added to the partial cross-entropy: baseline (nothing), sasformer (the affinity loss), tel (the tree energy loss) or sasformer+tel
@@ -58,7 +58,7 @@ class Recipe:
     warmup:float = .05               # Share of the training over which the learning rate rises
     power:float = .9                 # Exponent of the polynomial decay
     drop_path:float = .1             # Stochastic depth of MiT
-    dropout:float = .1               # Dropout before the classifier
+    dropout:float|None = None        # Dropout before the classifier; None: the decoder's own
     scale_min:float = .5             # Smallest random scale
     scale_max:float = 2.             # Largest random scale
     precision:str = 'bf16'           # fp32, bf16 or fp16 (GPU)
@@ -85,7 +85,7 @@ def check(self:Recipe):
     for n in ('alpha','tree_weight','wd','num_workers','cache_mb'):
         if getattr(self,n)<0: raise ValueError(f"{n}={getattr(self,n)}: expected 0 or more")
     for n in ('start','alpha_warmup','warmup','drop_path','dropout'):
-        if not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
+        if getattr(self,n) is not None and not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
     if not 0<self.scale_min<=self.scale_max: raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
     METHODS[self.method](self)   # their own values
 
@@ -157,8 +157,8 @@ _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4',
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
-    scenes=dict(data='scenes', size=128, bs=8, epochs=40, decoder_dim=128, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, last_stride=1, validate_every=5),
+    scenes=dict(data='scenes', size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
     voc2012_point=dict(_paper, annotation='point', alpha=.2),

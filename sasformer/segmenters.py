@@ -204,14 +204,8 @@ class MaskTransformer(nn.Module):
         return self.classify(patches.transpose(1,2).unflatten(2, size), tokens)
 
 # %% ../nbs/11_segmenters.ipynb #5ae389b5
-def _stretch(y, height, width):
-    "Upper left part of `y`, shares of its height and width, at the size of `y`"
-    part = torch.tensor([[width, 0, width-1], [0, height, height-1]], device=y.device).expand(len(y), -1, -1)   # grids run from -1 to 1
-    grid = F.affine_grid(part, y.shape, align_corners=False)
-    return F.grid_sample(y.float(), grid, padding_mode='border', align_corners=False)   # as F.interpolate, which cannot do this
-
 class Segmenter(nn.Module):
-    "A backbone that gives a list of features and a decoder that turns them into class scores (B, n_classes, h, w), not upsampled"
+    "A backbone that gives a list of features and a decoder that turns them into class scores (B, n_classes, h, w), not upsampled except where padding was needed"
     def __init__(self,
         backbone:nn.Module,  # A `features_only` model of timm
         decoder:nn.Module,   # Maps its list of features, finest first, to scores; its last layer is `classify`
@@ -230,7 +224,8 @@ class Segmenter(nn.Module):
         # Swin and its kin give (B, h, w, c)
         if getattr(self.backbone, 'output_fmt', None) == 'NHWC': feats = [f.permute(0,3,1,2) for f in feats]
         y = self.decoder(feats)
-        return _stretch(y, h/(h+below), w/(w+right)) if below or right else y
+        # the scores cover the padded image: only at its own size can its part be cut out exactly
+        return _resize(y, (h+below, w+right))[...,:h,:w] if below or right else y
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,

@@ -7,7 +7,7 @@ __all__ = ['compiled', 'grid_distances', 'Tree', 'tree_of', 'minimum_spanning_tr
            'tree_filter', 'soft_labels', 'tree_energy', 'TreeEnergyLoss', 'tree_embedding', 'TreeFilter',
            'RefineResidual', 'LTFDecoder']
 
-# %% ../nbs/21_tree.ipynb #f1905250
+# %% ../nbs/21_tree.ipynb #6423416c
 from collections import OrderedDict
 from typing import NamedTuple
 import numpy as np, torch, torch.nn.functional as F
@@ -21,7 +21,7 @@ from .data import global_sum
 from .segmenters import decoders
 from concurrent.futures import ThreadPoolExecutor   # last: fastcore has another of this name
 
-# %% ../nbs/21_tree.ipynb #63a42a69
+# %% ../nbs/21_tree.ipynb #05e47de5
 def compiled(f):
     "`f` as machine code that runs without Python's lock; kept on disk, where there is a folder for it"
     kwargs = dict(nogil=True, fastmath={'reassoc', 'contract', 'nsz'})   # NaN stays NaN
@@ -35,7 +35,7 @@ def _each_image(kernel, *tensors):
     if n<2: return [kernel(*o) for o in zip(*arrays)]
     with ThreadPoolExecutor(n) as pool: return list(pool.map(kernel, *arrays))
 
-# %% ../nbs/21_tree.ipynb #79ec8184
+# %% ../nbs/21_tree.ipynb #8c9213f4
 @compiled
 def _distances_last(f, d):   # (H, W, C) → (2, H, W)
     H, W, C = f.shape
@@ -62,7 +62,7 @@ def _distances_last_back(f, g, out):   # (H, W, C), (2, H, W) → (H, W, C)
                 b = f[y2,x2]
                 for c in range(C): o[c] += t*(a[c]-b[c])
 
-# %% ../nbs/21_tree.ipynb #7643f452
+# %% ../nbs/21_tree.ipynb #0e15aa23
 @compiled
 def _distances_first(f, d):   # (C, H, W) → (2, H, W)
     C, H, W = f.shape
@@ -85,7 +85,7 @@ def _distances_first_back(f, g, out):   # (C, H, W), (2, H, W) → (C, H, W)
             for x in range(W-1): o[x] += 2*right[x]*(a[x]-a[x+1])
             for x in range(W-1): o[x+1] -= 2*right[x]*(a[x]-a[x+1])
 
-# %% ../nbs/21_tree.ipynb #4a3e9cbe
+# %% ../nbs/21_tree.ipynb #db2183d3
 class _GridDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, f):
@@ -110,7 +110,7 @@ def _distances_torch(f):
     right, down = (f[...,1:]-f[...,:-1]).square().sum(1), (f[...,1:,:]-f[...,:-1,:]).square().sum(1)
     return torch.stack([F.pad(right, (0,1)), F.pad(down, (0,0,0,1))], 1)
 
-# %% ../nbs/21_tree.ipynb #69fe283d
+# %% ../nbs/21_tree.ipynb #561f3562
 def _backend(t, backend):
     "What computes on the device of `t`"
     chosen = backend or ('numba' if t.device.type=='cpu' else 'torch')
@@ -129,10 +129,12 @@ def grid_distances(
     f = features if features.dtype==torch.float64 else features.float()
     d = _GridDistances.apply(f) if _backend(f, backend)=='numba' else _distances_torch(f)
     finite = d.detach().flatten(1).isfinite().all(1)
-    if not finite.all(): raise ValueError(f"features of image {finite.logical_not().nonzero()[0].item()} of the batch hold NaN, infinite or too large values: no tree can be built")
+    if not finite.all():
+        bad = finite.logical_not().nonzero()[0].item()
+        raise ValueError(f"features of image {bad} of the batch hold NaN, infinite or too large values: no tree can be built")
     return d
 
-# %% ../nbs/21_tree.ipynb #1a352fa8
+# %% ../nbs/21_tree.ipynb #d733545b
 class Tree(NamedTuple):
     "A batch of spanning trees of the pixel grid, breadth first from pixel 0"
     order:Tensor   # (B, N) pixel (y·W + x) at each position of the breadth-first order
@@ -147,7 +149,7 @@ class Tree(NamedTuple):
         "Each image's tree `n` times in a row, for filters with groups"
         return self._replace(**{k: getattr(self, k).repeat_interleave(n, 0) for k in ('order','parent','edge')})
 
-# %% ../nbs/21_tree.ipynb #5f07300a
+# %% ../nbs/21_tree.ipynb #75915a52
 @compiled
 def _boruvka(d, taken):   # (2, H, W) → (2·H·W,) bool
     _, H, W = d.shape
@@ -174,7 +176,7 @@ def _boruvka(d, taken):   # (2, H, W) → (2·H·W,) bool
             if a!=b: edge[m], u[m], v[m] = edge[j], a, b; m += 1
         n = m
 
-# %% ../nbs/21_tree.ipynb #cb656a2a
+# %% ../nbs/21_tree.ipynb #76f16090
 @compiled
 def _breadth_first(taken, H, W, order, parent, edge):
     N, end = H*W, 1
@@ -203,7 +205,7 @@ def _tree_numba(d):
     depth = max(_each_image(_build, d.contiguous(), order, parent, edge))
     return Tree(order, parent, edge, tuple(d.shape[2:]), int(depth).bit_length())
 
-# %% ../nbs/21_tree.ipynb #91f9110f
+# %% ../nbs/21_tree.ipynb #0c3302c3
 def _boruvka_torch(d):   # (B, 2, H, W) → (B, 2·N) bool
     B, _, H, W = d.shape
     N, i = H*W, torch.arange(H*W, device=d.device)
@@ -226,7 +228,7 @@ def _boruvka_torch(d):   # (B, 2, H, W) → (B, 2·N) bool
         label = join.gather(1, label)
     return taken[:,:-1]
 
-# %% ../nbs/21_tree.ipynb #a301c8cd
+# %% ../nbs/21_tree.ipynb #72d79732
 def _root_torch(taken, H, W):   # (B, 2·N) bool → Tree
     B, N, device = len(taken), H*W, taken.device
     i, ways = torch.arange(N, device=device), torch.arange(4, device=device)   # right, down, left, up
@@ -253,7 +255,7 @@ def _root_torch(taken, H, W):   # (B, 2·N) bool → Tree
     parent[:,0] = edge[:,0] = 0
     return Tree(order, parent, edge, (H, W), int(depth.max()).bit_length())   # the one number that the CPU asks for
 
-# %% ../nbs/21_tree.ipynb #74e5961e
+# %% ../nbs/21_tree.ipynb #dc012c79
 def tree_of(
     distances:Tensor,  # From `grid_distances`
     backend:str=None   # 'numba' or 'torch'; None: by device
@@ -270,7 +272,7 @@ def minimum_spanning_tree(
     "Minimum spanning tree of each image's 4-connected pixel grid; edges weigh the squared distance of features"
     with torch.no_grad(): return tree_of(grid_distances(features, backend), backend)
 
-# %% ../nbs/21_tree.ipynb #ae5580d0
+# %% ../nbs/21_tree.ipynb #f7ac1a17
 def affinity_to_parent(
     distances:Tensor,  # From `grid_distances`
     tree:Tree,         # The trees along which to look
@@ -290,7 +292,7 @@ def edge_affinity(
         raise ValueError(f"a batch of {got[0]} maps of {got[1:]} and trees for {len(tree.order)} of {tree.size}")
     return affinity_to_parent(grid_distances(features, backend), tree, sigma)
 
-# %% ../nbs/21_tree.ipynb #f2189406
+# %% ../nbs/21_tree.ipynb #a6571a78
 @compiled
 def _passes(a, z, w, parent):
     "Leaves to root in place in `a`, root to leaves into `z`, both (N, C)"
@@ -304,6 +306,7 @@ def _passes(a, z, w, parent):
         s = (1-t)*(1+t)
         for c in range(C): z[k,c] = s*a[k,c]+t*z[p,c]
 
+# %% ../nbs/21_tree.ipynb #6bf5e8f2
 @compiled
 def _filter(x, w, order, parent, a, z, y):
     N, C = x.shape
@@ -333,7 +336,7 @@ def _filter_back(g, y, a, z, w, order, parent, b, u, gx, gw):
         gw[k] = s
     gw[0] = 0   # no edge
 
-# %% ../nbs/21_tree.ipynb #f1b51333
+# %% ../nbs/21_tree.ipynb #2c4e3194
 def _passes_torch(x, w, tree):   # (B, N, C), in the tree's order → a, z
     jumps, p = [], tree.parent
     v = w
@@ -359,7 +362,7 @@ def _filter_back_torch(g, y, a, z, w, tree):
     gw[:,0] = 0
     return torch.empty_like(g).scatter_(1, order, u[...,:-1]), gw
 
-# %% ../nbs/21_tree.ipynb #b36308e9
+# %% ../nbs/21_tree.ipynb #e27be038
 class _TreeFilter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, tree, backend):   # x: (B, N, C), by pixel
@@ -396,7 +399,7 @@ def tree_filter(
     y = _TreeFilter.apply(rows, weight_to_parent.to(dtype).contiguous(), tree, _backend(x, backend))
     return y.unflatten(1, tree.size).permute(0,3,1,2)
 
-# %% ../nbs/21_tree.ipynb #d2836fc6
+# %% ../nbs/21_tree.ipynb #68a981ce
 def soft_labels(
     probs:Tensor,        # Class probabilities P, (B, C, H, W)
     low:Tensor=None,     # Image in [0, 1], (B, 3, H, W); None: no low-level tree
@@ -427,7 +430,7 @@ def tree_energy(
     n = global_sum(counted.sum()).clamp_min(1)
     return (distance*counted).sum()*max(1, num_distrib())/n   # the mean over all processes, once they are averaged
 
-# %% ../nbs/21_tree.ipynb #04706f7e
+# %% ../nbs/21_tree.ipynb #13d1d560
 class TreeEnergyLoss(Callback):
     "Adds λ·L_tree to the loss of a `Learner`"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
@@ -457,7 +460,7 @@ def _classifier(model):
     if layer is None: raise ValueError(f"the high-level tree needs the features before the classifier, and {type(model).__name__} has no decoder.classify: use trees=('low',)")
     return layer, next(layer.parameters()).shape[1]   # a convolution or a linear layer: weights are (out, in, …)
 
-# %% ../nbs/21_tree.ipynb #39f03b11
+# %% ../nbs/21_tree.ipynb #65d1ac66
 @patch
 def after_create(self:TreeEnergyLoss):
     if 'high' not in self.trees: return
@@ -487,7 +490,7 @@ def before_batch(self:TreeEnergyLoss):
 @patch
 def _keep(self:TreeEnergyLoss, module, args): self._features = args[0]
 
-# %% ../nbs/21_tree.ipynb #549a25ed
+# %% ../nbs/21_tree.ipynb #ab509321
 @patch
 def _low(self:TreeEnergyLoss, size):
     "The batch's images in [0, 1], at the size of the prediction"
@@ -517,7 +520,7 @@ def after_loss(self:TreeEnergyLoss):
     self.learn.loss = self.loss_grad.detach().clone()
     self._sum, self._steps = self._sum+term.detach(), self._steps+1
 
-# %% ../nbs/21_tree.ipynb #ada6faad
+# %% ../nbs/21_tree.ipynb #0d4f5fc9
 @patch
 def after_batch(self:TreeEnergyLoss):
     if self._hook is not None: self._hook.remove()
@@ -535,7 +538,7 @@ def release(self:TreeEnergyLoss):
 @patch(as_prop=True)
 def epoch_values(self:TreeEnergyLoss): return self.epochs[-1] if self.epochs else {}
 
-# %% ../nbs/21_tree.ipynb #a0194e13
+# %% ../nbs/21_tree.ipynb #3d7bb911
 class TreeFilter(nn.Module):
     "Learnable tree filter: the tree from a guide, the affinities from an embedding of what is filtered, by groups of channels"
     def __init__(self,
@@ -567,7 +570,7 @@ class RefineResidual(nn.Module):
         x = self.project(x)
         return F.relu(x+self.refine(x))
 
-# %% ../nbs/21_tree.ipynb #b6733986
+# %% ../nbs/21_tree.ipynb #380b9f14
 class LTFDecoder(nn.Module):
     "Learnable tree filter network: an FPN whose top-down steps are tree filters (Song et al., arXiv 1909.12513; Liang et al., arXiv 2203.10739)"
     def __init__(self,
