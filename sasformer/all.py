@@ -13,6 +13,7 @@ from .mit import *
 from .segmenters import *
 from .attention import *
 from .affinity import *
+from .tree import *
 from .metrics import *
 from .learner import *
 from .inference import *

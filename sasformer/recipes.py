@@ -106,9 +106,11 @@ METHODS = {'baseline': lambda r: [], 'sasformer': _affinity, 'tel': _tree, 'sasf
 # %% ../nbs/50_recipes.ipynb #e04e2d1f
 @patch
 def settings(self:Recipe)->dict:
-    "What a result depends on; where the data and the weights lie, and how they are read, is not part of it"
-    s = dataclasses.asdict(self)
-    for k in ('path', 'num_workers', 'cache_mb'): del s[k]
+    "What a result depends on: not where data and weights lie, how they are read, or what only another method uses"
+    unused = ['path', 'num_workers', 'cache_mb']
+    if 'sasformer' not in self.method: unused += ['alpha','form','blocks','distance','rows','double','temperature','detach','start','alpha_warmup','share']
+    if 'tel' not in self.method: unused += ['tree_weight','sigma','trees']
+    s = {k: v for k,v in dataclasses.asdict(self).items() if k not in unused}
     if s['weights'] is not None: s['weights'] = Path(s['weights']).name
     return s
 
@@ -157,8 +159,8 @@ _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4',
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
-    scenes=dict(data='scenes', size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    scenes=dict(data='scenes', annotation='point', alpha=3., start=.5, sigma=.005, size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    camvid=dict(data='camvid', sigma=.002, size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
     voc2012_point=dict(_paper, annotation='point', alpha=.2),
