@@ -7,7 +7,7 @@ __all__ = ['MINI', 'FULL', 'BASES', 'PUBLISHED', 'SECONDS', 'TABLES', 'Table', '
            'cell_recipe', 'differences', 'train_cell', 'missing_cells', 'run_cells', 'read_results', 'result_table',
            'paper_table', 'same_order', 'order_sentence', 'draw_sheet', 'paper_parser', 'main']
 
-# %% ../nbs/65_paper.ipynb #512fc854
+# %% ../nbs/65_paper.ipynb #0bfcad02
 import argparse, dataclasses, fcntl, itertools, json, os, shlex, signal, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .recipes import Recipe, RECIPES, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_paper.ipynb #f6ef5fa8
+# %% ../nbs/65_paper.ipynb #9767babc
 MINI = dict(
     point   =dict(recipe='scenes', annotation='point',    epochs=20),
     scribble=dict(recipe='scenes', annotation='scribble', epochs=20))
@@ -27,7 +27,7 @@ FULL = dict(
     scribble=dict(recipe='voc2012_scribble'))
 BASES = dict(mini=MINI, full=FULL)
 
-# %% ../nbs/65_paper.ipynb #c965bedb
+# %% ../nbs/65_paper.ipynb #ab810f47
 PUBLISHED = dict(
     source="SASFormer, arXiv 2212.02019: mIoU in per cent on PASCAL VOC 2012 val, tables as printed; AFA: arXiv 2203.02664",
     table1={"DenseCRF Loss (ResNet101, multi-stage)": 57.00, "A2GNN (ResNet101, multi-stage)": 66.80, "Seminar (ResNet101, multi-stage)": 72.51,
@@ -41,10 +41,10 @@ PUBLISHED = dict(
     table5={"KL": 78.62, "CE": 76.80, "L1": 77.25, "L2": 79.49},
     afa={"MiT-B1, image tags": 66.0})
 
-# %% ../nbs/65_paper.ipynb #2cf8585c
+# %% ../nbs/65_paper.ipynb #1c8255d8
 SECONDS = dict(tags=20.0, point=22.1, scribble=34.9, dense=239.7)   # Bearman et al., "What's the Point", ECCV 2016: tags, one point a class, squiggles, full masks
 
-# %% ../nbs/65_paper.ipynb #63e545de
+# %% ../nbs/65_paper.ipynb #655d6c86
 @dataclass(frozen=True)
 class Table:
     "A comparison: rows, each with the fields that it changes in the base"
@@ -62,10 +62,11 @@ _methods = lambda base: {'baseline': dict(base=base, **_baseline), 'TEL': dict(b
 _without_with = lambda label, **kw: {f'{label} without': dict(base='scribble', **_baseline, **kw), f'{label} with': dict(base='scribble', **_sasformer, **kw)}
 
 def _vit(decoder):
-    "A ViT of each size; it has no stages, so no stride into the last one"
-    return dict(model=dict(mini=f'{decoder}_vit_tiny_patch16_224', full=f'{decoder}_vit_base_patch16_384'), weights=dict(mini=None, full='timm'), last_stride=None)
+    "A ViT of each size, without what a recipe says about MiT and its decoder: it has no stages, so no stride into the last one"
+    return dict(model=dict(mini=f'{decoder}_vit_tiny_patch16_224', full=f'{decoder}_vit_base_patch16_384'), weights=dict(mini=None, full='timm'),
+                last_stride=None, decoder_dim=None, dropout=None)   # the decoder's own
 
-# %% ../nbs/65_paper.ipynb #97290500
+# %% ../nbs/65_paper.ipynb #f45a5582
 TABLES = dict(
     table1=Table('Table 1: point labels', _methods('point'), 3, PUBLISHED['table1'],
                  'The text of section 4.2 gives SASFormer 72.78, its table 73.13.'),
@@ -78,7 +79,7 @@ TABLES = dict(
     table5=Table('Table 5: distance in the affinity loss, scribbles', {d: dict(_scribble, distance=d) for d in ('KL','CE','L1','L2')}, 3, PUBLISHED['table5'],
                  "The paper's text says that L1 is best with 79.49: its columns L1 and L2 look swapped. Ours at size mini is the default form, where L1 is the default."))
 
-# %% ../nbs/65_paper.ipynb #d04f68e1
+# %% ../nbs/65_paper.ipynb #5f481896
 _levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l<1 else 'scribble' for l in (1, .7, .5, .3, 0)},
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
@@ -87,12 +88,11 @@ TABLES.update(
     form=Table('Forms of the affinity loss, scribbles', {
         'baseline': dict(base='scribble', **_baseline),
         'default form': dict(_scribble, form='default'),
+        'default, from the start': dict(_scribble, form='default', start=0.),
         'paper': dict(_scribble, form='paper'),
-        'released': dict(_scribble, form='released'),
-        'released, α/4': dict(_scribble, form='released', times=.25),
+        'released': dict(_scribble, form=dict(mini='default', full='released'), times=dict(mini=4, full=1)),
         'default, all rows': dict(_scribble, form='default', rows='all'),
         'default, probabilities resized': dict(_scribble, form='paper', rows='unlabelled'),
-        'default, sum over blocks': dict(_scribble, form='default', times=4),
         'default, single softmax': dict(_scribble, form='default', double=False),
         'default, single softmax, α/4': dict(_scribble, form='default', double=False, times=.25),
         'default, stride 2': dict(_scribble, form='default', last_stride=2),
@@ -106,18 +106,35 @@ TABLES.update(
         'Seconds per image: '+', '.join(f'{k} {v:g}' for k,v in SECONDS.items())+" (What's the Point, ECCV 2016)."),
     sampled=Table('The affinity loss on a random share of the rows', {'all rows': _scribble, '25 % of the rows': dict(_scribble, share=.25)}))
 
-# %% ../nbs/65_paper.ipynb #3f3bdc3a
+# %% ../nbs/65_paper.ipynb #6651699d
 _labels = dict(points='point', short='scribble:length=0.1', long='scribble', block10='block10', block20='block20', block50='block50')
 _camvid = dict(recipe='camvid', weights='pretrained')
+_four = 'baseline', 'tel', 'sasformer', 'sasformer+tel'
 _matrix = lambda labels, *methods: {f'{k}-{m}': dict(annotation=_labels[k], method=m) for k in labels for m in methods}
 _camvid_rows = {**_matrix(('points','short','long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
 TABLES.update(
     scenes=Table('What make demo trains', dict(baseline=_baseline, sasformer=_sasformer), 3, base=dict(recipe='scenes'), folder='scenes'),
+    scenes_scribble=Table('Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
+                          base=dict(recipe='scenes', annotation='scribble', alpha=1.2, start=0.), folder='scenes_scribble'),
+    scenes_switches=Table('Scenes, points (short scribbles where it says so): weight and start of the affinity loss', {
+        'baseline': _baseline,
+        'alpha0.4-start0': dict(alpha=.4, start=0.),
+        'alpha1.2-start0': dict(alpha=1.2, start=0.),
+        'alpha1.2-start.5': dict(alpha=1.2, start=.5),
+        'alpha3-start0': dict(alpha=3., start=0.),
+        'alpha3-start.5': dict(alpha=3., start=.5),
+        'alpha6-start.5': dict(alpha=6., start=.5),
+        'dense-baseline': dict(annotation='dense', **_baseline),
+        'short-baseline': dict(annotation='scribble:length=0.1', **_baseline),
+        'short-alpha1.2-start0': dict(annotation='scribble:length=0.1', alpha=1.2, start=0.),
+        'short-alpha1.2-start.5': dict(annotation='scribble:length=0.1', alpha=1.2, start=.5)}, base=dict(recipe='scenes', **_sasformer), folder='scenes_switches'),
     camvid=Table('CamVid: points, short and long scribbles, masks', _camvid_rows, 3, base=_camvid, folder='camvid'),
     camvid_scratch=Table('CamVid, from scratch', _camvid_rows, 3, base=dict(recipe='camvid', epochs=30), folder='camvid_scratch'),
     tel=Table('CamVid: tree energy loss and affinity loss, alone and together',
-              _matrix(('points','long','block10','block20','block50'), 'baseline', 'tel', 'sasformer', 'sasformer+tel'), 3, base=_camvid, folder='camvid'),
-    camvid_switches=Table('CamVid, points: one change at a time', {
+              {**_matrix(('points','long'), *_four), **{k: dict(r, epochs=5) for k,r in _matrix(('block10','block20','block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'),
+    camvid_switches=Table('CamVid, points (short scribbles where it says so): one change at a time, from α = 1.2 from the start', {
+        'alpha1.2-start0': {},
+        'short-alpha1.2-start0': dict(annotation='scribble:length=0.1'),
         'released': dict(form='released', alpha=1.2),
         'paper': dict(form='paper', alpha=1.2),
         'block4-L1': dict(double=False, blocks='4', alpha=1.2, start=.2),
@@ -133,9 +150,10 @@ TABLES.update(
         'fixed-A': dict(detach='A'),
         'fixed-V': dict(detach='V'),
         'crop192': dict(size=192),
-        'crop192-baseline': dict(size=192, **_baseline)}, base={**_camvid, 'annotation': 'point', **_sasformer}, folder='camvid_switches'))
+        'crop192-baseline': dict(size=192, **_baseline),
+        'tel-sigma.02': dict(sigma=.02, **_tel)}, base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
-# %% ../nbs/65_paper.ipynb #a9660466
+# %% ../nbs/65_paper.ipynb #9b87f20c
 def _value(fields, name):
     "What a recipe with these fields has there; what it leaves to its form is the form's"
     v = fields.get(name, RECIPES[fields['recipe']].get(name, getattr(Recipe, name, None)))
@@ -176,9 +194,7 @@ def table_cells(
 
 def table_folder(table, size='mini'): return TABLES[table].folder or size
 
-# %% ../nbs/65_paper.ipynb #31bf8cb9
-_unused = dict(sasformer=('alpha','form','blocks','distance','rows','double','temperature','detach','start','alpha_warmup','share'), tel=('tree_weight','sigma','trees'))
-
+# %% ../nbs/65_paper.ipynb #473bd6e8
 def cell_recipe(
     cell:dict,        # Fields, as from `table_cells`
     path=None,        # Folder of the data set; scenes need none
@@ -199,11 +215,10 @@ def differences(
     "Where the settings of a result file are not those of its cell"
     new = cell_recipe(cell, weights=weights).settings()
     default = {f.name: f.default for f in dataclasses.fields(Recipe)}
-    skip = {k for m,ks in _unused.items() if m not in new['method'].split('+') for k in ks}
-    if cell.get('weights')=='pretrained' and weights is None: skip.add('weights')
-    return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if k not in skip and old.get(k, default[k])!=v)
+    if cell.get('weights')=='pretrained' and weights is None: del new['weights']
+    return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
 
-# %% ../nbs/65_paper.ipynb #2cb385db
+# %% ../nbs/65_paper.ipynb #7b03ca5c
 def _start(cell, out, path, weights, device, launcher):
     "Start a cell, or `None` where another process is at it"
     out.mkdir(parents=True, exist_ok=True)
@@ -226,7 +241,7 @@ def train_cell(out, device=None):
     finally:
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/65_paper.ipynb #357da49f
+# %% ../nbs/65_paper.ipynb #5c5990b3
 def _collect(name, cell, results, work, weights):
     "Copy the result of a finished run"
     r = json.loads((work/name/'result.json').read_text())
@@ -251,7 +266,7 @@ def missing_cells(
         except (ValueError, KeyError) as e: raise ValueError(f"{name}: {e}") from e
     return todo
 
-# %% ../nbs/65_paper.ipynb #9e4726b5
+# %% ../nbs/65_paper.ipynb #83c52adb
 def run_cells(
     cells:dict,         # Name → fields, as from `table_cells`
     results:Path,       # Folder of the result files
@@ -291,7 +306,7 @@ def run_cells(
     if failed: raise RuntimeError('\n'.join(f"{n} failed, see {work/n/'output.txt'}:\n{t}" for n,t in failed.items()))
     return ended
 
-# %% ../nbs/65_paper.ipynb #140db82d
+# %% ../nbs/65_paper.ipynb #06e56bfb
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -318,11 +333,12 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_paper.ipynb #080493c0
+# %% ../nbs/65_paper.ipynb #7e94e7b3
 def paper_table(
     table:str,               # One of `TABLES`
     results:Path='results',  # Folder of the folders of result files
     size:str='mini',
+    seeds:int=None,          # Only seeds 0 to this minus one; None: all there are
 )->pd.DataFrame:             # Rows of the table; seeds, mIoU, spread (max - min), published; `attrs['stale']`: files with other settings, left out
     "A table with the published numbers beside ours, in per cent"
     folder, rows, stale = Path(results)/table_folder(table, size), {}, []
@@ -330,6 +346,7 @@ def paper_table(
     for row in [*(r for r in t.published if r not in cells), *cells]:
         values = []
         for f in sorted(folder.glob(f"{cells[row][0]}-seed*.json")) if row in cells else []:
+            if seeds is not None and int(f.stem.rpartition('-seed')[2])>=seeds: continue
             r = json.loads(f.read_text())
             try: differ = differences(r['settings'], {**cells[row][1], 'seed': r['settings']['seed']})
             except ValueError as e: differ = str(e)
@@ -340,7 +357,7 @@ def paper_table(
     df.attrs.update(stale=list(dict.fromkeys(stale)), missing=[r for r in cells if not rows[r]['seeds']])
     return df if t.published else df.drop(columns='published')
 
-# %% ../nbs/65_paper.ipynb #706a0262
+# %% ../nbs/65_paper.ipynb #5b01ba55
 def same_order(
     df:pd.DataFrame,   # From `paper_table`
 )->dict:               # pairs; same: in the order as published; clear: pairs further apart than both spreads; clear_same: of these, in the published order
@@ -363,7 +380,7 @@ def order_sentence(
     if o['clear']: return f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, {o['clear_same']} of these in the published order."
     return f"{words}; no pair differs by more than the spread of several seeds."
 
-# %% ../nbs/65_paper.ipynb #16bc39ab
+# %% ../nbs/65_paper.ipynb #bbccdaba
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -384,7 +401,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_paper.ipynb #631b5849
+# %% ../nbs/65_paper.ipynb #2184ea80
 def paper_parser():
     p = argparse.ArgumentParser(prog='sasformer_paper', description="The tables of the paper and the comparisons beyond it: list, run, show.", allow_abbrev=False)
     sub = p.add_subparsers(dest='command', required=True, metavar='list|run|show|sheet|cell')
@@ -412,7 +429,7 @@ def paper_parser():
     for c in (p, *sub.choices.values()): c.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p
 
-# %% ../nbs/65_paper.ipynb #6fe5bfee
+# %% ../nbs/65_paper.ipynb #971a3c17
 def _chosen(o, table, seeds=None):
     cells = {k: v for k,v in table_cells(table, o.size, seeds).items() if any(part in k for part in o.only.split(','))}
     if not cells: raise ValueError(f"--only {o.only}: no cell of {table} has such a name")
@@ -456,7 +473,7 @@ def _show(o):
         if df.attrs['missing']: print(f"not run: {'; '.join(df.attrs['missing'])}")
         for s in df.attrs['stale']: print(f"left out, other settings: {s}")
 
-# %% ../nbs/65_paper.ipynb #250e27c2
+# %% ../nbs/65_paper.ipynb #9e85dca5
 def main(args=None):
     "Command line of `sasformer_paper`"
     p = paper_parser()

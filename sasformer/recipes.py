@@ -94,7 +94,7 @@ def affinity_form(self:Recipe)->Form:
     "The form of the affinity loss, with the fields that were given"
     try: blocks = None if self.blocks is None else tuple(int(b) for b in str(self.blocks).split(','))
     except ValueError: raise ValueError(f"blocks={self.blocks!r}: expected indices from 1 with commas between them") from None
-    given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach), share=None if self.share==1 else self.share)
+    given = dict(blocks=blocks, distance=self.distance, rows=self.rows, double=self.double, temperature=self.temperature, detach=None if self.detach is None else tuple(self.detach), share=self.share)
     return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
 # %% ../nbs/50_recipes.ipynb #2c3abfb5
@@ -160,8 +160,8 @@ _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', alpha=3., start=.5, sigma=.005, size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', sigma=.002, size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    folder=dict(data='folder', size=256, epochs=50, lr=5e-4, validate_every=5),
+    camvid=dict(data='camvid', alpha=3., start=.5, sigma=.002, size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    folder=dict(data='folder', alpha=3., start=.5, size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
     voc2012_point=dict(_paper, annotation='point', alpha=.2),
     tel_voc2012_scribble=dict(_tel, annotation='scribble'),

@@ -1,0 +1,87 @@
+"The affinity loss in one pass against autograd through built maps: threads, chunks, padding, precision, sampling"
+import pytest, torch
+from sasformer.annotations import PADDING, UNLABELLED
+from sasformer.affinity import Form, affinity_loss, combine
+from sasformer.attention import QK, attention_map
+
+
+def maps(layers, p): return attention_map(layers) @ p
+
+
+def case(B=3, C=5, layers=2, heads=3, q_size=(24,20), k_size=(6,5), prefix=0, dtype=torch.float32, labelled=.05):
+    torch.manual_seed(0)
+    rand = lambda n: torch.randn(B, n, heads, 8, dtype=dtype).transpose(1, 2).requires_grad_()
+    M, K = (prefix+a*b for a,b in (q_size, k_size))
+    blocks = {0: [QK(rand(M), rand(K), 8**-.5, q_size, k_size, 0, prefix) for _ in range(layers)]}
+    target = torch.randint(0, C, (B,96,80)).where(torch.rand(B,96,80)<labelled, torch.tensor(UNLABELLED))
+    logits = (3*torch.randn(B, C, 24, 20)).requires_grad_()
+    return blocks, logits, target
+
+
+def value_and_gradients(blocks, logits, target, form=Form(), propagate=None):
+    loss = combine(affinity_loss(blocks, logits, target, form, propagate))
+    return loss.detach(), *torch.autograd.grad(loss, [logits, *(t for o in blocks[0] for t in (o.q, o.k))])
+
+
+def close(a, b, eps=1e-5):
+    for x,y in zip(a, b): assert (x-y).abs().max() <= eps*y.abs().max()
+
+
+@pytest.fixture(params=[1,2,3])
+def threads(request):
+    n = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    assert torch.get_num_threads()==request.param   # the threads of the loss leave the caller's number alone
+    torch.set_num_threads(n)
+
+
+@pytest.mark.parametrize('kw', [{}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6,5)), dict(q_size=(96,80), k_size=(24,20), heads=5, B=2)])
+def test_equals_maps(threads, kw):
+    c = case(**kw)
+    close(value_and_gradients(*c), value_and_gradients(*c, propagate=maps))
+
+
+def test_same_numbers_every_time(threads):
+    c = case(q_size=(48,40), k_size=(24,20), B=1)
+    first = value_and_gradients(*c)
+    for _ in range(3): assert all(torch.equal(a, b) for a,b in zip(first, value_and_gradients(*c)))
+
+
+def test_padding_is_left_out():
+    blocks, logits, target = case()
+    target[1:, 30:], target[0] = PADDING, PADDING   # nothing of the first image
+    close(value_and_gradients(blocks, logits, target), value_and_gradients(blocks, logits, target, propagate=maps))
+    target[:] = PADDING
+    assert all((o==0).all() for o in value_and_gradients(blocks, logits, target))
+
+
+def test_bfloat16():
+    c = case(dtype=torch.bfloat16)
+    loss, *grads = value_and_gradients(*c)
+    plain, *expected = value_and_gradients(*c, propagate=maps)
+    assert abs(loss-plain)<.002*plain
+    for a,b in zip(grads, expected): assert (a-b).float().norm()<.05*b.float().norm()
+
+
+@pytest.mark.parametrize('rows', ['unlabelled', 'all'])
+def test_a_share_has_no_bias(rows):
+    c = case(q_size=(12,10), k_size=(3,3), B=2)
+    c[2][1, 50:] = PADDING   # fewer positions count in the second image
+    exact = value_and_gradients(*c, Form(rows=rows))
+    draws = [value_and_gradients(*c, Form(rows=rows, share=.25)) for _ in range(400)]
+    for e,*d in zip(exact, *draws):
+        d = torch.stack(d)
+        assert ((d.mean(0)-e).abs() <= 5*d.std(0)/len(draws)**.5+1e-7).float().mean()>.999
+    assert torch.stack([d[0] for d in draws]).std()>0
+    torch.manual_seed(3)
+    a = value_and_gradients(*c, Form(share=.5))
+    torch.manual_seed(3)
+    close(a, value_and_gradients(*c, Form(share=.5), maps))   # the same draw
+
+
+def test_not_a_number_stays():
+    blocks, logits, target = case()
+    with torch.no_grad(): blocks[0][0].q[0,0,0,0] = float('nan')
+    assert combine(affinity_loss(blocks, logits, target)).isnan()
+
