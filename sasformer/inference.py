@@ -6,8 +6,9 @@
 __all__ = ['paper_scales', 'image_tensor', 'evaluating', 'predict_logits', 'window_starts', 'multi_scale_logits', 'evaluate',
            'predict_image', 'overlay', 'legend', 'FolderReport', 'predict_folder']
 
-# %% ../nbs/32_inference.ipynb #6a1beb82
+# %% ../nbs/32_inference.ipynb #0a999bd2
 import math, sys, numpy as np, torch, torch.nn.functional as F
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from .annotations import replacing, voc_palette, write_label_map
 from .datasets import IMAGE_SUFFIXES, open_image
 from .metrics import ConfusionMatrix
 
-# %% ../nbs/32_inference.ipynb #b37563e5
+# %% ../nbs/32_inference.ipynb #f898b769
 def _rgb(image):
     "Path, PIL image or array → upright uint8 array (H, W, 3)"
     if isinstance(image, (str, Path)): image = open_image(image)
@@ -37,7 +38,7 @@ def image_tensor(
     mean,std = (torch.tensor(s).view(3,1,1) for s in imagenet_stats)
     return ((torch.tensor(_rgb(image)).permute(2,0,1)/255 - mean)/std)[None]
 
-# %% ../nbs/32_inference.ipynb #481d67ce
+# %% ../nbs/32_inference.ipynb #13ac1699
 @contextmanager
 def evaluating(
     model:nn.Module,  # Any model
@@ -50,7 +51,7 @@ def evaluating(
     finally:
         for m,training in modes: m.training = training
 
-# %% ../nbs/32_inference.ipynb #53bf51c0
+# %% ../nbs/32_inference.ipynb #9fe33063
 def _resize(x, size): return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
 def predict_logits(
@@ -76,7 +77,7 @@ def predict_logits(
         else: y = _resize(model(F.pad(x, (0, padded[1]-w, 0, padded[0]-h))).float(), padded)[...,:h,:w]
         return _resize(y, size or (h,w))
 
-# %% ../nbs/32_inference.ipynb #0483eb2e
+# %% ../nbs/32_inference.ipynb #c511cb40
 def window_starts(
     length:int,     # Height or width of the image
     window:int,     # Height or width of the window
@@ -101,7 +102,7 @@ def _sliding(model, x, window, overlap, **kw):
             count[part[1:]] += 1
     return total/count
 
-# %% ../nbs/32_inference.ipynb #8343bac5
+# %% ../nbs/32_inference.ipynb #74989207
 paper_scales = (.5, .75, 1., 1.25, 1.5, 1.75, 2.)
 
 def multi_scale_logits(
@@ -117,13 +118,13 @@ def multi_scale_logits(
     size,total = tuple(size or x.shape[-2:]),None
     for s in scales:
         xs = _resize(x, [max(1, round(n*s)) for n in x.shape[-2:]])
-        y = predict_logits(model, torch.cat([xs, xs.flip(-1)]) if flip else xs, size, **kw).log_softmax(1)
-        for part in ([y[:len(x)], y[len(x):].flip(-1)] if flip else [y]):
-            # sums of probabilities, kept as logarithms so that the result can stand where logits stand
-            total = part if total is None else torch.logaddexp(total, part)
-    return total - math.log(len(scales)*(1+flip))
+        y = predict_logits(model, torch.cat([xs, xs.flip(-1)]) if flip else xs, size, **kw).softmax(1)
+        if flip: y = y[:len(x)] + y[len(x):].flip(-1)
+        total = y if total is None else total.add_(y)
+    # a logarithm, so that the result can stand where logits stand
+    return (total/(len(scales)*(1+flip))).clamp_min_(torch.finfo(total.dtype).tiny).log_()
 
-# %% ../nbs/32_inference.ipynb #29d7ac3c
+# %% ../nbs/32_inference.ipynb #95ca0534
 def _bar(it, progress):
     "`progress` is a function that wraps an iterable, or True: a bar where somebody can see it move"
     if callable(progress): return progress(it)
@@ -151,7 +152,7 @@ def evaluate(
         except ValueError as e: raise ValueError(f'{src.name}, image {i}: {e}') from e
     return cm.all_reduce() if distributed else cm
 
-# %% ../nbs/32_inference.ipynb #4cc75fdb
+# %% ../nbs/32_inference.ipynb #ffb6649a
 def predict_image(
     model:nn.Module,  # Gives scores (B, C, h, w)
     image,            # Path, PIL image, or uint8 array (H, W, 3)
@@ -164,7 +165,7 @@ def predict_image(
     if len(y) > 254: raise ValueError(f'the model scores {len(y)} classes: a label map holds at most 254')
     return y.argmax(0).byte().cpu().numpy()
 
-# %% ../nbs/32_inference.ipynb #85b0c59e
+# %% ../nbs/32_inference.ipynb #550bec14
 def overlay(
     image,                 # Path, PIL image, or uint8 array (H, W, 3)
     label_map:np.ndarray,  # Class ids (H, W); 254 and 255 stay uncoloured
@@ -180,7 +181,7 @@ def overlay(
     y[drawn] = (1-alpha)*y[drawn] + alpha*palette[label_map[drawn]]
     return Image.fromarray(y.round().astype(np.uint8))
 
-# %% ../nbs/32_inference.ipynb #41ebbdd9
+# %% ../nbs/32_inference.ipynb #37dad077
 def legend(
     classes,         # Names
     palette=None,    # Colours, (C, 3) uint8; default those of the VOC devkit
@@ -200,7 +201,7 @@ def legend(
         draw.text((x+1.5*size, y+size/2), str(name), fill='black', font=font, anchor='lm')
     return im
 
-# %% ../nbs/32_inference.ipynb #81e7ce97
+# %% ../nbs/32_inference.ipynb #d99ae42e
 @dataclass
 class FolderReport:
     "What `predict_folder` did"
@@ -208,20 +209,23 @@ class FolderReport:
     skipped:dict  # File → why nothing was written for it
     def __str__(self): return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + ''.join(f'\n  {p}: {why}' for p,why in self.skipped.items())
 
-# %% ../nbs/32_inference.ipynb #8e1f7067
+# %% ../nbs/32_inference.ipynb #58cb0089
 def _find_images(images, on_error):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
     files = sorted(Path(images).iterdir()) if folder else [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
-    found,skipped = {},{}
-    for f in files:
-        if folder and (f.is_dir() or f.suffix.lower() not in IMAGE_SUFFIXES):
-            skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
-            continue
+    def problem(f):
         try: open_image(f)
-        except (ValueError, OSError) as e:
-            if on_error == 'raise': raise
+        except (ValueError, OSError) as e: return e
+    found,skipped,wanted = {},{},[]
+    for f in files:
+        if not folder or not (f.is_dir() or f.suffix.lower() not in IMAGE_SUFFIXES): wanted.append(f)
+        else: skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
+    with ThreadPoolExecutor() as pool: problems = list(pool.map(problem, wanted))
+    for f,e in zip(wanted, problems):
+        if e is not None:
+            if on_error == 'raise': raise e
             skipped[f] = str(e).removeprefix(f'{f}: ')
             continue
         if f.stem in found: raise ValueError(f'{f} and {found[f.stem]} would have the same mask {f.stem}.png')
@@ -229,7 +233,7 @@ def _find_images(images, on_error):
     if not found: raise FileNotFoundError(f'{images}: expected at least one readable image')
     return found,skipped
 
-# %% ../nbs/32_inference.ipynb #6a341da9
+# %% ../nbs/32_inference.ipynb #151132c1
 def _outputs(found, out, overlays, classes, overwrite):
     "Where masks, overlays and legend go; an error if that is where something is"
     if any(f.parent.resolve() == out.resolve() for f in found.values()): raise ValueError(f'{out} holds the images themselves: expected another folder')
@@ -242,7 +246,7 @@ def _outputs(found, out, overlays, classes, overwrite):
         raise FileExistsError(f'{there[0]}{more} there already: give overwrite=True to replace')
     return masks,pictures,key
 
-# %% ../nbs/32_inference.ipynb #628defb7
+# %% ../nbs/32_inference.ipynb #b1fb06ed
 def predict_folder(
     model:nn.Module,        # Gives scores (B, C, h, w)
     images,                 # Folder (not its subfolders), one file, or a list of files
@@ -264,15 +268,24 @@ def predict_folder(
     (Path(out)/'overlays' if overlays else Path(out)).mkdir(parents=True, exist_ok=True)
     if key:
         with replacing(key) as tmp: picture_key.save(tmp, format='png')
-    for stem,f in _bar(list(found.items()), progress):
-        image = open_image(f)
-        label_map = predict_image(model, image, **kw)
+    def write(stem, image, label_map):
         if overlays:
             with replacing(pictures[stem]) as tmp: overlay(image, label_map, palette, alpha).save(tmp, format='jpeg', quality=90)
         write_label_map(masks[stem], label_map, palette)
+    # the next image is read and the last mask written while the model looks at this one
+    with ThreadPoolExecutor(2) as pool:
+        todo,written = list(found.items()),None
+        upcoming = pool.submit(open_image, todo[0][1])
+        for i,(stem,_) in enumerate(_bar(todo, progress)):
+            image = upcoming.result()
+            if i+1 < len(todo): upcoming = pool.submit(open_image, todo[i+1][1])
+            label_map = predict_image(model, image, **kw)
+            if written is not None: written.result()   # raises what went wrong there
+            written = pool.submit(write, stem, image, label_map)
+        written.result()
     return FolderReport({f: masks[stem] for stem,f in found.items()}, skipped)
 
-# %% ../nbs/32_inference.ipynb #4dc23a7d
+# %% ../nbs/32_inference.ipynb #d6081400
 @patch
 def predict_folder(self:Learner,
     images,        # Folder (not its subfolders), one file, or a list of files

@@ -7,7 +7,7 @@ __all__ = ['MINI', 'FULL', 'BASES', 'PUBLISHED', 'SECONDS', 'TABLES', 'Table', '
            'cell_recipe', 'differences', 'train_cell', 'missing_cells', 'run_cells', 'read_results', 'result_table',
            'paper_table', 'same_order', 'order_sentence', 'draw_sheet', 'paper_parser', 'main']
 
-# %% ../nbs/65_paper.ipynb #0bfcad02
+# %% ../nbs/65_paper.ipynb #26b4f1a9
 import argparse, dataclasses, fcntl, itertools, json, os, shlex, signal, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .recipes import Recipe, RECIPES, recipe
 from .annotations import replacing
 from .learner import write_json
 
-# %% ../nbs/65_paper.ipynb #9767babc
+# %% ../nbs/65_paper.ipynb #78a9b9c5
 MINI = dict(
     point   =dict(recipe='scenes', annotation='point',    epochs=20),
     scribble=dict(recipe='scenes', annotation='scribble', epochs=20))
@@ -27,7 +27,7 @@ FULL = dict(
     scribble=dict(recipe='voc2012_scribble'))
 BASES = dict(mini=MINI, full=FULL)
 
-# %% ../nbs/65_paper.ipynb #ab810f47
+# %% ../nbs/65_paper.ipynb #065947c6
 PUBLISHED = dict(
     source="SASFormer, arXiv 2212.02019: mIoU in per cent on PASCAL VOC 2012 val, tables as printed; AFA: arXiv 2203.02664",
     table1={"DenseCRF Loss (ResNet101, multi-stage)": 57.00, "A2GNN (ResNet101, multi-stage)": 66.80, "Seminar (ResNet101, multi-stage)": 72.51,
@@ -41,10 +41,10 @@ PUBLISHED = dict(
     table5={"KL": 78.62, "CE": 76.80, "L1": 77.25, "L2": 79.49},
     afa={"MiT-B1, image tags": 66.0})
 
-# %% ../nbs/65_paper.ipynb #1c8255d8
+# %% ../nbs/65_paper.ipynb #eb0dbe45
 SECONDS = dict(tags=20.0, point=22.1, scribble=34.9, dense=239.7)   # Bearman et al., "What's the Point", ECCV 2016: tags, one point a class, squiggles, full masks
 
-# %% ../nbs/65_paper.ipynb #655d6c86
+# %% ../nbs/65_paper.ipynb #ec4f0f72
 @dataclass(frozen=True)
 class Table:
     "A comparison: rows, each with the fields that it changes in the base"
@@ -66,7 +66,7 @@ def _vit(decoder):
     return dict(model=dict(mini=f'{decoder}_vit_tiny_patch16_224', full=f'{decoder}_vit_base_patch16_384'), weights=dict(mini=None, full='timm'),
                 last_stride=None, decoder_dim=None, dropout=None)   # the decoder's own
 
-# %% ../nbs/65_paper.ipynb #f45a5582
+# %% ../nbs/65_paper.ipynb #3886a7e5
 TABLES = dict(
     table1=Table('Table 1: point labels', _methods('point'), 3, PUBLISHED['table1'],
                  'The text of section 4.2 gives SASFormer 72.78, its table 73.13.'),
@@ -79,7 +79,7 @@ TABLES = dict(
     table5=Table('Table 5: distance in the affinity loss, scribbles', {d: dict(_scribble, distance=d) for d in ('KL','CE','L1','L2')}, 3, PUBLISHED['table5'],
                  "The paper's text says that L1 is best with 79.49: its columns L1 and L2 look swapped. Ours at size mini is the default form, where L1 is the default."))
 
-# %% ../nbs/65_paper.ipynb #5f481896
+# %% ../nbs/65_paper.ipynb #35a92f18
 _levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l<1 else 'scribble' for l in (1, .7, .5, .3, 0)},
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
@@ -106,12 +106,7 @@ TABLES.update(
         'Seconds per image: '+', '.join(f'{k} {v:g}' for k,v in SECONDS.items())+" (What's the Point, ECCV 2016)."),
     sampled=Table('The affinity loss on a random share of the rows', {'all rows': _scribble, '25 % of the rows': dict(_scribble, share=.25)}))
 
-# %% ../nbs/65_paper.ipynb #6651699d
-_labels = dict(points='point', short='scribble:length=0.1', long='scribble', block10='block10', block20='block20', block50='block50')
-_camvid = dict(recipe='camvid', weights='pretrained')
-_four = 'baseline', 'tel', 'sasformer', 'sasformer+tel'
-_matrix = lambda labels, *methods: {f'{k}-{m}': dict(annotation=_labels[k], method=m) for k in labels for m in methods}
-_camvid_rows = {**_matrix(('points','short','long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
+# %% ../nbs/65_paper.ipynb #6d682b80
 TABLES.update(
     scenes=Table('What make demo trains', dict(baseline=_baseline, sasformer=_sasformer), 3, base=dict(recipe='scenes'), folder='scenes'),
     scenes_scribble=Table('Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
@@ -127,11 +122,21 @@ TABLES.update(
         'dense-baseline': dict(annotation='dense', **_baseline),
         'short-baseline': dict(annotation='scribble:length=0.1', **_baseline),
         'short-alpha1.2-start0': dict(annotation='scribble:length=0.1', alpha=1.2, start=0.),
-        'short-alpha1.2-start.5': dict(annotation='scribble:length=0.1', alpha=1.2, start=.5)}, base=dict(recipe='scenes', **_sasformer), folder='scenes_switches'),
+        'short-alpha1.2-start.5': dict(annotation='scribble:length=0.1', alpha=1.2, start=.5)}, base=dict(recipe='scenes', **_sasformer), folder='scenes_switches'))
+
+_labels = dict(points='point', short='scribble:length=0.1', long='scribble', block10='block10', block20='block20', block50='block50')
+_camvid = dict(recipe='camvid', weights='pretrained')
+_four = 'baseline', 'tel', 'sasformer', 'sasformer+tel'
+_matrix = lambda labels, *methods: {f'{k}-{m}': dict(annotation=_labels[k], method=m) for k in labels for m in methods}
+_camvid_rows = {**_matrix(('points','short','long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
+TABLES.update(
     camvid=Table('CamVid: points, short and long scribbles, masks', _camvid_rows, 3, base=_camvid, folder='camvid'),
     camvid_scratch=Table('CamVid, from scratch', _camvid_rows, 3, base=dict(recipe='camvid', epochs=30), folder='camvid_scratch'),
     tel=Table('CamVid: tree energy loss and affinity loss, alone and together',
-              {**_matrix(('points','long'), *_four), **{k: dict(r, epochs=5) for k,r in _matrix(('block10','block20','block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'),
+              {**_matrix(('points','long'), *_four), **{k: dict(r, epochs=5) for k,r in _matrix(('block10','block20','block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'))
+
+# %% ../nbs/65_paper.ipynb #49c2ccf0
+TABLES.update(
     camvid_switches=Table('CamVid, points (short scribbles where it says so): one change at a time, from α = 1.2 from the start', {
         'alpha1.2-start0': {},
         'short-alpha1.2-start0': dict(annotation='scribble:length=0.1'),
@@ -153,7 +158,7 @@ TABLES.update(
         'crop192-baseline': dict(size=192, **_baseline),
         'tel-sigma.02': dict(sigma=.02, **_tel)}, base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
-# %% ../nbs/65_paper.ipynb #9b87f20c
+# %% ../nbs/65_paper.ipynb #ddbab6a8
 def _value(fields, name):
     "What a recipe with these fields has there; what it leaves to its form is the form's"
     v = fields.get(name, RECIPES[fields['recipe']].get(name, getattr(Recipe, name, None)))
@@ -194,7 +199,7 @@ def table_cells(
 
 def table_folder(table, size='mini'): return TABLES[table].folder or size
 
-# %% ../nbs/65_paper.ipynb #473bd6e8
+# %% ../nbs/65_paper.ipynb #b249e5b6
 def cell_recipe(
     cell:dict,        # Fields, as from `table_cells`
     path=None,        # Folder of the data set; scenes need none
@@ -218,7 +223,7 @@ def differences(
     if cell.get('weights')=='pretrained' and weights is None: del new['weights']
     return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
 
-# %% ../nbs/65_paper.ipynb #7b03ca5c
+# %% ../nbs/65_paper.ipynb #d4e62c58
 def _start(cell, out, path, weights, device, launcher):
     "Start a cell, or `None` where another process is at it"
     out.mkdir(parents=True, exist_ok=True)
@@ -241,7 +246,7 @@ def train_cell(out, device=None):
     finally:
         if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
-# %% ../nbs/65_paper.ipynb #5c5990b3
+# %% ../nbs/65_paper.ipynb #2bcb47dd
 def _collect(name, cell, results, work, weights):
     "Copy the result of a finished run"
     r = json.loads((work/name/'result.json').read_text())
@@ -266,7 +271,7 @@ def missing_cells(
         except (ValueError, KeyError) as e: raise ValueError(f"{name}: {e}") from e
     return todo
 
-# %% ../nbs/65_paper.ipynb #83c52adb
+# %% ../nbs/65_paper.ipynb #35823dd0
 def run_cells(
     cells:dict,         # Name → fields, as from `table_cells`
     results:Path,       # Folder of the result files
@@ -306,7 +311,7 @@ def run_cells(
     if failed: raise RuntimeError('\n'.join(f"{n} failed, see {work/n/'output.txt'}:\n{t}" for n,t in failed.items()))
     return ended
 
-# %% ../nbs/65_paper.ipynb #06e56bfb
+# %% ../nbs/65_paper.ipynb #fe499f03
 def read_results(
     folder:Path,        # Of result files
 )->pd.DataFrame:        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
@@ -333,7 +338,7 @@ def result_table(
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
-# %% ../nbs/65_paper.ipynb #7e94e7b3
+# %% ../nbs/65_paper.ipynb #8391636c
 def paper_table(
     table:str,               # One of `TABLES`
     results:Path='results',  # Folder of the folders of result files
@@ -357,7 +362,7 @@ def paper_table(
     df.attrs.update(stale=list(dict.fromkeys(stale)), missing=[r for r in cells if not rows[r]['seeds']])
     return df if t.published else df.drop(columns='published')
 
-# %% ../nbs/65_paper.ipynb #5b01ba55
+# %% ../nbs/65_paper.ipynb #3044ddc5
 def same_order(
     df:pd.DataFrame,   # From `paper_table`
 )->dict:               # pairs; same: in the order as published; clear: pairs further apart than both spreads; clear_same: of these, in the published order
@@ -380,7 +385,7 @@ def order_sentence(
     if o['clear']: return f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, {o['clear_same']} of these in the published order."
     return f"{words}; no pair differs by more than the spread of several seeds."
 
-# %% ../nbs/65_paper.ipynb #bbccdaba
+# %% ../nbs/65_paper.ipynb #7b70f9be
 def draw_sheet(
     cells:dict,         # Name → fields; their runs lie in `work`
     work:Path,          # Folder of the runs
@@ -401,7 +406,7 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_paper.ipynb #2184ea80
+# %% ../nbs/65_paper.ipynb #16985021
 def paper_parser():
     p = argparse.ArgumentParser(prog='sasformer_paper', description="The tables of the paper and the comparisons beyond it: list, run, show.", allow_abbrev=False)
     sub = p.add_subparsers(dest='command', required=True, metavar='list|run|show|sheet|cell')
@@ -429,7 +434,7 @@ def paper_parser():
     for c in (p, *sub.choices.values()): c.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
     return p
 
-# %% ../nbs/65_paper.ipynb #971a3c17
+# %% ../nbs/65_paper.ipynb #3f96020c
 def _chosen(o, table, seeds=None):
     cells = {k: v for k,v in table_cells(table, o.size, seeds).items() if any(part in k for part in o.only.split(','))}
     if not cells: raise ValueError(f"--only {o.only}: no cell of {table} has such a name")
@@ -473,7 +478,7 @@ def _show(o):
         if df.attrs['missing']: print(f"not run: {'; '.join(df.attrs['missing'])}")
         for s in df.attrs['stale']: print(f"left out, other settings: {s}")
 
-# %% ../nbs/65_paper.ipynb #9e85dca5
+# %% ../nbs/65_paper.ipynb #3798ce5e
 def main(args=None):
     "Command line of `sasformer_paper`"
     p = paper_parser()
