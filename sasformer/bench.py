@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
            'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table', 'main']
 
-# %% ../nbs/66_bench.ipynb #7089b149
+# %% ../nbs/66_bench.ipynb #d57257fe
 import argparse, contextlib, copy, gc, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -21,7 +21,7 @@ from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales,
 from .learner import OPTIMISERS, environment, partial_cross_entropy, peak_memory, write_json
 from .segmenters import create_segmenter
 
-# %% ../nbs/66_bench.ipynb #ede0b4dc
+# %% ../nbs/66_bench.ipynb #f1db351e
 def alternate(
     variants:dict,   # Name → function without arguments; what it returns is thrown away, unless it is a dict of stage times
     steps:int=20,    # Rounds that count
@@ -51,7 +51,7 @@ def summary(
                          steps=len(t), ratio=float(np.median(t/ref)), cpu_ratio=float(np.median(cpu)/np.median(ref_cpu)), **(dict(stages=stages) if stages else {}))
     return out
 
-# %% ../nbs/66_bench.ipynb #ccd43f57
+# %% ../nbs/66_bench.ipynb #ddb76ac2
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 def matmul_peak(device='cpu', dtype=torch.float32, n:int=None)->float:
@@ -78,7 +78,7 @@ def fresh_peak(args:list)->float:
     if done.returncode: raise RuntimeError(f"{' '.join(map(str, args))}: {done.stderr.strip()}")
     return float(done.stdout.split()[-1])
 
-# %% ../nbs/66_bench.ipynb #1b6db9fb
+# %% ../nbs/66_bench.ipynb #eed4892f
 def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
@@ -117,7 +117,7 @@ class Step:
         self.tap.off(); self.tap.clear()
         return dict(zip(('forward','cross-entropy','affinity','backward','optimiser'), np.diff(clock).tolist()))
 
-# %% ../nbs/66_bench.ipynb #62790baa
+# %% ../nbs/66_bench.ipynb #925bb4b3
 def step_flops(step:Step)->float:
     "Floating-point operations of a bare step"
     from torch.utils.flop_counter import FlopCounterMode
@@ -142,7 +142,7 @@ def bench_step(o)->dict:
     for r in result.values(): r['memory_ratio'] = r['peak_mb']/result['bare']['peak_mb']
     return dict(rows=result, data_ms=1e3*float(np.median(data)), flops=flops, matmul_peak=peak)
 
-# %% ../nbs/66_bench.ipynb #bd7cf077
+# %% ../nbs/66_bench.ipynb #1be62669
 def _memory_of(o):
     step = Step(o)
     for _ in range(3): step(LOSSES[o.memory_of], step.batch())
@@ -156,7 +156,7 @@ def _step_memory(o, step, loss, name, batch):
     flags = [f for k in ('model','size','batch','classes','precision','device','threads','last_stride') for f in (f'--{k}', getattr(o, k))]
     return fresh_peak(['step', *flags, '--channels_last' if o.channels_last else '--no-channels_last', '--memory_of', name])
 
-# %% ../nbs/66_bench.ipynb #6c82c17e
+# %% ../nbs/66_bench.ipynb #ca8c5d81
 def bench_loader(o)->dict:
     "Images per second of one loader process"
     src, rows = _source(o), {}
@@ -177,7 +177,7 @@ def _source(o):
     if o.data=='scenes': return scenes(n_train=max(16, o.images), n_val=o.images, size=256)
     return get_source(o.data, o.path)
 
-# %% ../nbs/66_bench.ipynb #51a491d4
+# %% ../nbs/66_bench.ipynb #bbf54805
 def equal_models(
     name:str='mit_b0', # Encoder
     n_classes:int=11,  # Classes
@@ -209,7 +209,7 @@ def loop_of_transformers(model, files, out):
             y = F.interpolate(y, (image.height, image.width), mode='bilinear', align_corners=False)
         write_label_map(out/f'{f.stem}.png', y[0].argmax(0).byte().numpy())
 
-# %% ../nbs/66_bench.ipynb #ad9d0cea
+# %% ../nbs/66_bench.ipynb #4245c4b9
 def bench_predict(o)->dict:
     "Masks of a folder of images, with transformers' model and with ours"
     src = _source(o)
@@ -230,7 +230,7 @@ def bench_predict(o)->dict:
     same = np.mean([(a==b).all(-1).mean() for a,b in zip(*masks.values())])
     return dict(rows=rows, images=len(files), equal_pixels=float(same))
 
-# %% ../nbs/66_bench.ipynb #9d9fb6bc
+# %% ../nbs/66_bench.ipynb #061b04a9
 def one_at_a_time(model, x, scales, flip):
     "Mean probabilities over scales and mirror images, each alone, straight from the definition"
     total = 0
@@ -264,7 +264,7 @@ def bench_evaluate(o)->dict:
         miou.update({f'{name}, {k}': float(f().miou) for k,f in variants.items()})
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
-# %% ../nbs/66_bench.ipynb #d788739b
+# %% ../nbs/66_bench.ipynb #78947708
 def bench_naive(o)->dict:
     "Training in bf16 with channels last beside the plain float32 loop, with both loss curves"
     src = scenes(n_train=64, n_val=1, size=o.size)
@@ -292,7 +292,7 @@ def bench_naive(o)->dict:
     rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms']) for k,v in rows.items()}
     return dict(rows=rows, curves=curves)
 
-# %% ../nbs/66_bench.ipynb #6243e474
+# %% ../nbs/66_bench.ipynb #77e91430
 def scipy_filter(features, x, sigma=1.):
     "Tree filter of one image with SciPy's tree and a loop; features (K, H, W), x (C, H, W)"
     from scipy.sparse import coo_array
@@ -340,7 +340,7 @@ def bench_tree(o)->dict:
     extra = fresh_peak([*flags, 'tree'])-fresh_peak([*flags, 'inputs'])
     return dict(rows=rows, share_of_step=rows['tree energy']['ms']/rows['bare step']['ms'], extra_mb=extra)
 
-# %% ../nbs/66_bench.ipynb #e757a56b
+# %% ../nbs/66_bench.ipynb #ba345846
 def bench_parser():
     p = argparse.ArgumentParser(prog='sasformer_bench', description="Measure hot paths, variants in turn in one process; ratios are what counts.", allow_abbrev=False)
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -381,7 +381,7 @@ def bench_parser():
         c.add_argument(f'--{name}', type=int, default=value, help=what)
     return p
 
-# %% ../nbs/66_bench.ipynb #66a4780d
+# %% ../nbs/66_bench.ipynb #ce8efabf
 def table(rows:dict)->str:
     "Rows of a result as text"
     import pandas as pd
@@ -402,5 +402,5 @@ def main(args=None):
         if isinstance(v, (int, float)): print(f'{k}: {v:.4g}')
     if o.out: write_json(o.out, dict(settings=settings, environment=environment(), **result))
 
-# %% ../nbs/66_bench.ipynb #09ed485c
+# %% ../nbs/66_bench.ipynb #09db89b2
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
