@@ -6,7 +6,7 @@
 __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'f32', 'i32', 'propagate', 'Form', 'counted_rows', 'draw_rows',
            'compiled', 'block_loss', 'affinity_loss', 'combine', 'AffinityLoss']
 
-# %% ../nbs/20_affinity.ipynb #4241f75d
+# %% ../nbs/20_affinity.ipynb #caf66f9b
 import dataclasses, functools, math, threading
 import numpy as np, torch, torch.nn.functional as F
 from numba import njit
@@ -19,7 +19,7 @@ from .attention import AttentionTap, QK
 from .data import global_sum
 from concurrent.futures import ThreadPoolExecutor   # last: fastcore has another of this name
 
-# %% ../nbs/20_affinity.ipynb #456daa7a
+# %% ../nbs/20_affinity.ipynb #a74388ac
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
     q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
@@ -38,7 +38,7 @@ def propagate(
         chunks.append(F.scaled_dot_product_attention(q, k, v, scale=layers[0].scale).float().mean(1))
     return torch.cat(chunks, -1)[..., :C]
 
-# %% ../nbs/20_affinity.ipynb #81c8d38e
+# %% ../nbs/20_affinity.ipynb #082d5dce
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -64,20 +64,20 @@ class Form:
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #01b26841
+# %% ../nbs/20_affinity.ipynb #83f045cc
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #3bed55ae
+# %% ../nbs/20_affinity.ipynb #c8225430
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #ce44fd41
+# %% ../nbs/20_affinity.ipynb #6e5788d7
 def counted_rows(
     target:Tensor,  # Label map, (B, H, W)
     size:tuple,     # Height and width of the block's queries
@@ -93,7 +93,7 @@ def _resized(logits, scores, size):
     if scores=='logits': return resize(logits).movedim(1,-1).softmax(-1).flatten(1,2)
     return resize(logits.softmax(1)).movedim(1,-1).flatten(1,2)
 
-# %% ../nbs/20_affinity.ipynb #7dd53822
+# %% ../nbs/20_affinity.ipynb #9aea8f25
 def draw_rows(
     on:Tensor,     # Which positions count, (B, M) bool
     share:float=1. # Share of them to draw, in each image
@@ -115,7 +115,7 @@ def _take(x, rows):
     x = x.movedim(-2, 1)
     return x.reshape(B*M, -1).index_select(0, flat).view(B, -1, *x.shape[2:]).movedim(1, -2)
 
-# %% ../nbs/20_affinity.ipynb #572851f3
+# %% ../nbs/20_affinity.ipynb #27a76ac9
 def compiled(f):
     "`f` as machine code that runs without Python's lock; kept on disk, where there is a folder for it"
     kwargs = dict(nogil=True, fastmath={'reassoc', 'contract', 'nsz'})   # NaN stays NaN
@@ -169,7 +169,7 @@ def _softmax_back(A, G, scale):   # (B, H, r, m), in place; (B, r, m), the same 
                 for j in range(m): z += a[j]*g[j]
                 for j in range(m): a[j] *= (g[j]-z)*scale
 
-# %% ../nbs/20_affinity.ipynb #b9783183
+# %% ../nbs/20_affinity.ipynb #fca7c666
 def _spread(S):
     "Softmax of S (B, H, r, m) along m, perhaps in its memory, and its sum over the heads"
     if S.device.type!='cpu' or S.dtype!=torch.float32:
@@ -187,9 +187,9 @@ def _spread_back(A, G, scale):
     _softmax_back(A.numpy(), G.contiguous().numpy(), np.float32(scale))
     return A
 
-# %% ../nbs/20_affinity.ipynb #7fbec663
-def _chunk(distance, scale, weight, v, p, q, k):
-    "Weighted sum of the distances over a chunk, and its gradients to `v`, `p`, `q`, `k`; q (B, H, r, D), k (B, H, M', D)"
+# %% ../nbs/20_affinity.ipynb #cacaba27
+def _chunk(distance, scale, weight, v, p, q, k, gv, gk):
+    "Weighted sum of the distances over a chunk, and its gradients to `p` and `q`; those to `v` and `k` are added to `gv` and `gk`; q (B, H, r, D), k (B, H, M', D)"
     B, H = q.shape[:2]
     q, k = q.flatten(0,1), k.flatten(0,1)
     S = torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale).to(v.dtype)
@@ -198,9 +198,11 @@ def _chunk(distance, scale, weight, v, p, q, k):
     with torch.enable_grad(): loss = (distance(y, p)*weight).sum()
     gy, gp = torch.autograd.grad(loss, (y, p))
     gS = _spread_back(A, gy @ v.mT, scale).flatten(0,1).to(q.dtype)
-    return loss.detach(), (total.mT @ gy).div_(H), gp, (gS @ k).unflatten(0, (B,H)), (gS.mT @ q).unflatten(0, (B,H))
+    gv.baddbmm_(total.mT, gy, alpha=1/H)
+    gk.flatten(0,1).baddbmm_(gS.mT, q)
+    return loss.detach(), gp, (gS @ k).unflatten(0, (B,H))
 
-# %% ../nbs/20_affinity.ipynb #861afc5d
+# %% ../nbs/20_affinity.ipynb #acf8a9d6
 @functools.cache
 def _threads(n):
     "`n` threads that compute alone"
@@ -224,26 +226,25 @@ class _RowSum(torch.autograd.Function):
         gv, gp, *gqk = [torch.zeros_like(t) for t in (v, p, *qk)]
         cpu = p.device.type=='cpu'
         n = torch.get_num_threads() if cpu else 1
-        room = 2**21 if cpu else 2**27   # numbers in a chunk of maps; on a CPU they should stay in the cache
+        room = 2**20 if cpu else 2**27   # numbers in a chunk of maps; on a CPU they should stay in the cache
         images = max(1, min(math.ceil(B/n), room//(H*m*R)))
         span = R if math.ceil(B/images)>=n else math.ceil(R/n)
 
         def work(at):
             b, rows = at
-            k, sums = torch.cat([t[b] for t in ks], 1), None
+            k, loss = torch.cat([t[b] for t in ks], 1), 0
+            dv, dk = torch.zeros_like(v[b]), torch.zeros_like(k)
             for r in _split(rows.stop-rows.start, max(1, room//(H*m*images))):
                 r = slice(rows.start+r.start, rows.start+r.stop)
                 q = torch.cat([t[b,:,r] for t in qs], 1)
-                with torch.no_grad(): loss, dv, gp[b,r], dq, dk = _chunk(distance, scale, weight[b,r], v[b], p[b,r], q, k)
+                with torch.no_grad(): part, gp[b,r], dq = _chunk(distance, scale, weight[b,r], v[b], p[b,r], q, k, dv, dk)
+                loss = loss+part
                 for t,g in zip(gqk, dq.chunk(len(qs), 1)): t[b,:,r] = g
-                if sums is None: sums = [loss, dv, dk.float()]
-                else:
-                    for s,g in zip(sums, (loss, dv, dk)): s += g
-            return b, sums
+            return b, loss, dv, dk
 
         items = [(b, r) for b in _split(B, images) for r in _split(R, span)]
         total = 0
-        for b,(loss,dv,dk) in (_threads(n).map if n>1 else map)(work, items):
+        for b,loss,dv,dk in (_threads(n).map if n>1 else map)(work, items):
             total = total+loss
             gv[b] += dv
             for t,g in zip(gqk[len(qs):], dk.chunk(len(qs), 1)): t[b] += g
@@ -254,7 +255,7 @@ class _RowSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g): return None, None, None, *[t*g if need else None for t,need in zip(ctx.saved_tensors, ctx.needs_input_grad[3:])]
 
-# %% ../nbs/20_affinity.ipynb #3e6b24cd
+# %% ../nbs/20_affinity.ipynb #469a4254
 def _distance(form, y, p):
     "Between rows of `y` and `p`, (…, C) → (…)"
     if form.double: y, p = y.softmax(-1), p.softmax(-1)
@@ -282,7 +283,7 @@ def block_loss(
     else: total = (distance(_take(propagate(layers, v), rows), p)*weight).sum()
     return total*max(1, num_distrib())/global_sum(on.sum()).clamp_min(1)   # the mean over all processes, once they are averaged
 
-# %% ../nbs/20_affinity.ipynb #72754748
+# %% ../nbs/20_affinity.ipynb #75e23426
 def affinity_loss(
     blocks:dict,        # Block index from 0 → list of `QK`, as `AttentionTap.blocks`
     logits:Tensor,      # Prediction before the softmax, (B, C, h, w)
@@ -304,7 +305,7 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
     terms = torch.stack(list(terms.values()))
     return terms.mean() if over_blocks=='mean' else terms.sum()
 
-# %% ../nbs/20_affinity.ipynb #b6ec4ce2
+# %% ../nbs/20_affinity.ipynb #fbc12e05
 class AffinityLoss(Callback):
     "Adds α·L_aff to the loss of a `Learner`; the model is only tapped, never changed"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
@@ -325,7 +326,7 @@ class AffinityLoss(Callback):
         if past<0: return 0.
         return self.alpha*min(1., past/self.warmup) if self.warmup else self.alpha
 
-# %% ../nbs/20_affinity.ipynb #db7526e1
+# %% ../nbs/20_affinity.ipynb #a106d0cf
 @patch
 def before_fit(self:AffinityLoss):
     blocks = None if self.form.blocks is None else [b-1 for b in self.form.blocks]

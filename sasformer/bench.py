@@ -7,7 +7,7 @@ __all__ = ['DTYPES', 'LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
            'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table', 'main']
 
-# %% ../nbs/66_bench.ipynb #d57257fe
+# %% ../nbs/66_bench.ipynb #8cdb4218
 import argparse, contextlib, copy, gc, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
@@ -21,7 +21,7 @@ from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales,
 from .learner import OPTIMISERS, environment, partial_cross_entropy, peak_memory, write_json
 from .segmenters import create_segmenter
 
-# %% ../nbs/66_bench.ipynb #f1db351e
+# %% ../nbs/66_bench.ipynb #39d11212
 def alternate(
     variants:dict,   # Name → function without arguments; what it returns is thrown away, unless it is a dict of stage times
     steps:int=20,    # Rounds that count
@@ -51,7 +51,7 @@ def summary(
                          steps=len(t), ratio=float(np.median(t/ref)), cpu_ratio=float(np.median(cpu)/np.median(ref_cpu)), **(dict(stages=stages) if stages else {}))
     return out
 
-# %% ../nbs/66_bench.ipynb #ddb76ac2
+# %% ../nbs/66_bench.ipynb #1e2248fd
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 def matmul_peak(device='cpu', dtype=torch.float32, n:int=None)->float:
@@ -78,12 +78,14 @@ def fresh_peak(args:list)->float:
     if done.returncode: raise RuntimeError(f"{' '.join(map(str, args))}: {done.stderr.strip()}")
     return float(done.stdout.split()[-1])
 
-# %% ../nbs/66_bench.ipynb #eed4892f
+# %% ../nbs/66_bench.ipynb #1b455726
 def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
 
 LOSSES = {'bare': None, 'affinity': dict(), 'maps': dict(propagate=maps), 'fused attention': dict(propagate=propagate), 'sampled': dict(form=Form(share=.25))}
+
+def _fold(y, classes): return (y%classes).where(y<PADDING, y)   # the scenes' classes, in a model with fewer
 
 class Step:
     "Training steps of one segmenter on crops of the built-in scenes"
@@ -100,7 +102,7 @@ class Step:
         if self.device.type=='cuda': torch.cuda.synchronize()
     def batch(self):
         x, y = (t.as_subclass(torch.Tensor) for t in next(iter(self.data)))
-        return x.to(memory_format=self.fmt), y
+        return x.to(memory_format=self.fmt), _fold(y, self.o.classes)
 
     def __call__(self, loss, batch):
         "One step; seconds by stage"
@@ -117,7 +119,7 @@ class Step:
         self.tap.off(); self.tap.clear()
         return dict(zip(('forward','cross-entropy','affinity','backward','optimiser'), np.diff(clock).tolist()))
 
-# %% ../nbs/66_bench.ipynb #925bb4b3
+# %% ../nbs/66_bench.ipynb #eabf5217
 def step_flops(step:Step)->float:
     "Floating-point operations of a bare step"
     from torch.utils.flop_counter import FlopCounterMode
@@ -142,7 +144,7 @@ def bench_step(o)->dict:
     for r in result.values(): r['memory_ratio'] = r['peak_mb']/result['bare']['peak_mb']
     return dict(rows=result, data_ms=1e3*float(np.median(data)), flops=flops, matmul_peak=peak)
 
-# %% ../nbs/66_bench.ipynb #1be62669
+# %% ../nbs/66_bench.ipynb #e3edf21f
 def _memory_of(o):
     step = Step(o)
     for _ in range(3): step(LOSSES[o.memory_of], step.batch())
@@ -156,7 +158,7 @@ def _step_memory(o, step, loss, name, batch):
     flags = [f for k in ('model','size','batch','classes','precision','device','threads','last_stride') for f in (f'--{k}', getattr(o, k))]
     return fresh_peak(['step', *flags, '--channels_last' if o.channels_last else '--no-channels_last', '--memory_of', name])
 
-# %% ../nbs/66_bench.ipynb #ca8c5d81
+# %% ../nbs/66_bench.ipynb #4d94910c
 def bench_loader(o)->dict:
     "Images per second of one loader process"
     src, rows = _source(o), {}
@@ -177,7 +179,7 @@ def _source(o):
     if o.data=='scenes': return scenes(n_train=max(16, o.images), n_val=o.images, size=256)
     return get_source(o.data, o.path)
 
-# %% ../nbs/66_bench.ipynb #bbf54805
+# %% ../nbs/66_bench.ipynb #57c45e7c
 def equal_models(
     name:str='mit_b0', # Encoder
     n_classes:int=11,  # Classes
@@ -209,7 +211,7 @@ def loop_of_transformers(model, files, out):
             y = F.interpolate(y, (image.height, image.width), mode='bilinear', align_corners=False)
         write_label_map(out/f'{f.stem}.png', y[0].argmax(0).byte().numpy())
 
-# %% ../nbs/66_bench.ipynb #4245c4b9
+# %% ../nbs/66_bench.ipynb #48a99dc5
 def bench_predict(o)->dict:
     "Masks of a folder of images, with transformers' model and with ours"
     src = _source(o)
@@ -230,7 +232,7 @@ def bench_predict(o)->dict:
     same = np.mean([(a==b).all(-1).mean() for a,b in zip(*masks.values())])
     return dict(rows=rows, images=len(files), equal_pixels=float(same))
 
-# %% ../nbs/66_bench.ipynb #061b04a9
+# %% ../nbs/66_bench.ipynb #457c641e
 def one_at_a_time(model, x, scales, flip):
     "Mean probabilities over scales and mirror images, each alone, straight from the definition"
     total = 0
@@ -264,12 +266,12 @@ def bench_evaluate(o)->dict:
         miou.update({f'{name}, {k}': float(f().miou) for k,f in variants.items()})
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
-# %% ../nbs/66_bench.ipynb #78947708
+# %% ../nbs/66_bench.ipynb #15f7c10e
 def bench_naive(o)->dict:
     "Training in bf16 with channels last beside the plain float32 loop, with both loss curves"
     src = scenes(n_train=64, n_val=1, size=o.size)
     data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=o.device).train
-    batches = [tuple(t.as_subclass(torch.Tensor) for t in b) for b in data]
+    batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y in data]
     torch.manual_seed(0)
     model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride, dropout=0.).to(o.device)
     curves, variants = {}, {}
@@ -292,7 +294,7 @@ def bench_naive(o)->dict:
     rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms']) for k,v in rows.items()}
     return dict(rows=rows, curves=curves)
 
-# %% ../nbs/66_bench.ipynb #77e91430
+# %% ../nbs/66_bench.ipynb #2a2bb37b
 def scipy_filter(features, x, sigma=1.):
     "Tree filter of one image with SciPy's tree and a loop; features (K, H, W), x (C, H, W)"
     from scipy.sparse import coo_array
@@ -340,7 +342,7 @@ def bench_tree(o)->dict:
     extra = fresh_peak([*flags, 'tree'])-fresh_peak([*flags, 'inputs'])
     return dict(rows=rows, share_of_step=rows['tree energy']['ms']/rows['bare step']['ms'], extra_mb=extra)
 
-# %% ../nbs/66_bench.ipynb #ba345846
+# %% ../nbs/66_bench.ipynb #da17454f
 def bench_parser():
     p = argparse.ArgumentParser(prog='sasformer_bench', description="Measure hot paths, variants in turn in one process; ratios are what counts.", allow_abbrev=False)
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
@@ -381,7 +383,7 @@ def bench_parser():
         c.add_argument(f'--{name}', type=int, default=value, help=what)
     return p
 
-# %% ../nbs/66_bench.ipynb #ce8efabf
+# %% ../nbs/66_bench.ipynb #1d1a7faf
 def table(rows:dict)->str:
     "Rows of a result as text"
     import pandas as pd
@@ -402,5 +404,5 @@ def main(args=None):
         if isinstance(v, (int, float)): print(f'{k}: {v:.4g}')
     if o.out: write_json(o.out, dict(settings=settings, environment=environment(), **result))
 
-# %% ../nbs/66_bench.ipynb #09db89b2
+# %% ../nbs/66_bench.ipynb #ad2c93a7
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

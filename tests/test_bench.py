@@ -1,0 +1,78 @@
+"sasformer_bench: measuring in turn, and every command in small"
+import json, subprocess, sys, time
+import numpy as np, pytest, torch
+from sasformer.bench import alternate, bench_parser, equal_models, main, matmul_peak, one_at_a_time, resident_peak, summary
+from sasformer.inference import multi_scale_logits
+
+
+@pytest.fixture(autouse=True)
+def same_threads():
+    n = torch.get_num_threads()
+    yield
+    torch.set_num_threads(n)
+
+
+def run(tmp_path, *args):
+    out = tmp_path/'result.json'
+    main([*map(str, args), '--out', str(out), '--threads', '1'])
+    return json.loads(out.read_text())
+
+
+def test_variants_take_turns():
+    calls = []
+    times = alternate({n: lambda n=n: calls.append(n) for n in 'abc'}, 3, 1)
+    assert len(calls)==12 and [sorted(calls[i:i+3]) for i in range(0, 12, 3)]==[list('abc')]*4
+    assert len({tuple(calls[i:i+3]) for i in range(0, 9, 3)})==3   # each order once
+    assert {n: len(t) for n,t in times.items()}==dict(a=3, b=3, c=3)
+
+
+def test_ratio_within_rounds():
+    times = dict(base=[(1.,1.,{}), (10.,1.,{}), (2.,1.,{})], double=[(2.,3.,{}), (20.,3.,{}), (4.,3.,{})])
+    s = summary(times)
+    assert s['double']['ratio']==2 and s['double']['cpu_ratio']==3 and s['base']['ms']==2000
+
+
+def test_step(tmp_path):
+    r = run(tmp_path, 'step', '--size', 64, '--batch', 2, '--classes', 4, '--steps', 2, '--variants', 'bare', 'affinity', 'sampled')
+    assert list(r['rows'])==['bare', 'affinity', 'sampled'] and r['settings']['last_stride']==1
+    for v in r['rows'].values(): assert v['ms']>0 and v['peak_mb']>100 and v['share_of_peak']>0
+    assert r['rows']['bare']['ratio']==1 and r['environment']['threads']==1
+
+
+def test_loader_and_predict(tmp_path):
+    r = run(tmp_path, 'loader', '--images', 16, '--repeats', 1)
+    assert all(v['images_per_second']>0 for v in r['rows'].values()) and len(r['rows'])==4
+    pytest.importorskip('transformers')
+    r = run(tmp_path, 'predict', '--images', 2, '--repeats', 1)
+    assert r['equal_pixels']>.999 and set(r['rows'])=={'transformers', 'ours', 'ours, bf16'}
+
+
+def test_naive(tmp_path):
+    r = run(tmp_path, 'naive', '--size', 64, '--batch', 4, '--steps', 3)
+    a, b = (np.array(r['curves'][n]) for n in ('plain', 'ours'))
+    assert len(a)==5 and np.abs(a-b).max()<.1
+
+
+def test_tree(tmp_path):
+    r = run(tmp_path, 'tree', '--size', 64, '--batch', 1, '--classes', 3, '--channels', 8, '--tree_size', 16, '--tree_batch', 2, '--steps', 1)
+    assert r['share_of_step']>0 and 'tree energy' in r['rows']
+
+
+def test_one_at_a_time_is_multi_scale():
+    model = equal_models('mit_b0', 3)[0] if pytest.importorskip('transformers') else None
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode(): a = one_at_a_time(model, x, (.5, 1.), True).softmax(1)
+    torch.testing.assert_close(a, multi_scale_logits(model, x, (.5, 1.), True).softmax(1), atol=1e-5, rtol=0)
+
+
+def test_peaks():
+    assert matmul_peak(n=64)>1e6
+    code = "import numpy as np; from sasformer.bench import resident_peak; a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)"
+    grown = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
+    assert 370<grown<450   # 400 MB
+
+
+def test_help(capsys):
+    for command in ('step', 'loader', 'predict', 'evaluate', 'naive', 'tree'):
+        with pytest.raises(SystemExit) as e: bench_parser().parse_args([command, '--help'])
+        assert e.value.code==0 and '--out' in capsys.readouterr().out
