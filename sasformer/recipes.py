@@ -87,6 +87,7 @@ def check(self:Recipe):
     for n in ('start','alpha_warmup','warmup','drop_path','dropout'):
         if getattr(self,n) is not None and not 0<=getattr(self,n)<1: raise ValueError(f"{n}={getattr(self,n)}: expected a share, from 0 to below 1")
     if not 0<self.scale_min<=self.scale_max: raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
+    if self.last_stride is not None and 'mit_b' not in self.model: raise ValueError(f"last_stride={self.last_stride}: only MiT has it, not {self.model}")
     METHODS[self.method](self)   # their own values
 
 @patch(as_prop=True)
@@ -179,4 +180,5 @@ def recipe(
     if wrong := [k for k in changes if k not in known]: raise ValueError(f"a recipe has no field {wrong[0]!r}: it has {', '.join(known)}")
     if changes.get('iterations') is not None: changes = {'epochs': None, **changes}
     elif changes.get('epochs') is not None: changes = {'iterations': None, **changes}
+    if 'mit_b' not in changes.get('model', 'mit_b'): changes = {'last_stride': None, **changes}   # the recipe's is for its MiT
     return Recipe(**{**RECIPES[name], **changes})
