@@ -219,8 +219,8 @@ def _spread_back(A, G, scale, dtype):
 GRADIENTS = dict(   # of `DISTANCES`, to y and to p
     L1=lambda y, p: ((s := (y-p).sign()), -s),
     L2=lambda y, p: ((d := 2*(y-p)), -d),
-    KL=lambda y, p: (y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log()+(y>=1e-8), -(p>=1e-8)*y/p.clamp_min(1e-8)),
-    CE=lambda y, p: (-p.clamp_min(1e-8).log(), -(p>=1e-8)*y/p.clamp_min(1e-8)))
+    KL=lambda y, p: (y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log()+(y>=1e-8), -y/p.clamp_min(1e-8)*(p>=1e-8)),
+    CE=lambda y, p: (-p.clamp_min(1e-8).log(), -y/p.clamp_min(1e-8)*(p>=1e-8)))
 
 def _distance(form, y, p):
     "Between rows of `y` and `p`, (…, C) → (…)"

@@ -217,7 +217,8 @@ def test_list(tmp_path, capsys):
     (tmp_path/'work'/'scenes'/'baseline-seed0'/'state.pt').write_text('')
     places = ['--results', str(tmp_path/'results'), '--work', str(tmp_path/'work')]
     main(['list', 'scenes', *places])
-    assert [l.split() for l in capsys.readouterr().out.splitlines()][:3] == [['begun', 'baseline-seed0'], ['-', 'sasformer-seed0'], ['done', 'baseline-seed1']]
+    states = {name: state for state,name in (l.split() for l in capsys.readouterr().out.splitlines())}
+    assert (states['baseline-seed0'], states['sasformer-seed0'], states['baseline-seed1']) == ('begun', '-', 'done') and list(states) == list(table_cells('scenes'))
     main(['list', *places])
     out = capsys.readouterr().out
     for t in TABLES: assert t in out
