@@ -84,7 +84,7 @@ _levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l<1 else 'scribble' f
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
     alpha=Table('Weight of the affinity loss, as a multiple of the base\'s α', {
-        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point','scribble') for t in (0, .25, .5, 1, 2, 4)}),
+        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point','scribble') for t in (0, .25, .5, 1, 2.5, 5)}),
     form=Table('Forms of the affinity loss, scribbles', {
         'baseline': dict(base='scribble', **_baseline),
         'default form': dict(_scribble, form='default'),
@@ -108,7 +108,7 @@ TABLES.update(
 
 # %% ../nbs/65_paper.ipynb #6d682b80
 TABLES.update(
-    scenes=Table('What make demo trains', {'baseline': _baseline, 'sasformer': _sasformer, 'sasformer-alpha1.2': dict(_sasformer, alpha=1.2), 'tel': _tel}, 3, base=dict(recipe='scenes'), folder='scenes'),
+    scenes=Table('What make demo trains', {'baseline': _baseline, 'sasformer': _sasformer, 'sasformer-alpha3': dict(_sasformer, alpha=3.), 'tel': _tel}, 3, base=dict(recipe='scenes'), folder='scenes'),
     scenes_scribble=Table('Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
                           base=dict(recipe='scenes', annotation='scribble', alpha=1.2, start=0.), folder='scenes_scribble'),
     scenes_switches=Table('Scenes, points (short scribbles where it says so): weight and start of the affinity loss', {
