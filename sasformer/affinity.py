@@ -107,13 +107,23 @@ def draw_rows(
     rows = order.topk(R).indices.sort().values
     return rows, on.gather(1, rows)*(n/n.clamp(1, R))
 
+class _Select(torch.autograd.Function):
+    "Rows of x (N, D), each at most once, so that their gradients need not be added up but only put in place"
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.rows, ctx.n = rows, len(x)
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, g): return g.new_zeros(ctx.n, g.shape[1]).index_copy_(0, ctx.rows, g), None
+
 def _take(x, rows):
     "`x` (B, …, M, D) at `rows` (B, R) of its last but one axis"
     if rows is None: return x
     B, M = x.shape[0], x.shape[-2]
     flat = (rows+M*torch.arange(B, device=rows.device)[:,None]).flatten()
     x = x.movedim(-2, 1)
-    return x.reshape(B*M, -1).index_select(0, flat).view(B, -1, *x.shape[2:]).movedim(1, -2)
+    return _Select.apply(x.reshape(B*M, -1), flat).view(B, -1, *x.shape[2:]).movedim(1, -2)
 
 # %% ../nbs/20_affinity.ipynb #27a76ac9
 def compiled(f):
