@@ -404,6 +404,7 @@ def after_loss(self:AffinityLoss):
     with torch.autocast(self.pred.device.type, enabled=False):
         terms = affinity_loss(self.tap.blocks, self.pred.float(), self.y.as_subclass(Tensor), self.form)
         self.learn.loss_grad = self.loss_grad + self.weight*combine(terms, self.form.over_blocks)
+    self.tap.clear()   # so that the backward pass can free queries and keys as it goes
     self.learn.loss = self.loss_grad.detach().clone()
     for b,v in terms.items(): self._sums[b] = self._sums.get(b, 0) + v.detach()
     self._steps += 1

@@ -113,10 +113,11 @@ class Step:
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
+        self.tap.clear()
         tick()
         total.backward(); tick()
         self.opt.step(); self.opt.zero_grad(); tick()
-        self.tap.off(); self.tap.clear()
+        self.tap.off()
         return dict(zip(('forward','cross-entropy','affinity','backward','optimiser'), np.diff(clock).tolist()))
 
 # %% ../nbs/66_bench.ipynb #eabf5217
