@@ -84,7 +84,7 @@ _levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l<1 else 'scribble' f
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
     alpha=Table('Weight of the affinity loss, as a multiple of the base\'s α', {
-        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point','scribble') for t in (0, .25, .5, 1, 2.5, 5)}),
+        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point','scribble') for t in (0, .25, .5, 1, 2.5, 4)}),
     form=Table('Forms of the affinity loss, scribbles', {
         'baseline': dict(base='scribble', **_baseline),
         'default form': dict(_scribble, form='default'),
