@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sasformer.recipes import recipe
 from safetensors.torch import load_file
 
 # small enough for seconds; float32 and no dropout, so that processes and restarts can be compared; SGD, because Adam's first
@@ -83,3 +84,10 @@ def test_killed_and_resumed(whole, tmp_path):
     a, b = weights(one), weights(out)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [r['miou'] for r in rows(one)] == [r['miou'] for r in rows(out)]
+
+
+def test_stride_stays_with_mit():
+    "The stride of a recipe is that of its MiT: another backbone does not inherit it, and none takes it"
+    assert recipe('scenes').last_stride==1 and recipe('scenes', model='segformer_mit_b1').last_stride==1
+    assert recipe('scenes', model='segmenter_vit_tiny_patch16_224').last_stride is None
+    with pytest.raises(ValueError, match='last_stride=1: only MiT has it, not segformer_resnet18'): recipe('scenes', model='segformer_resnet18', last_stride=1)
