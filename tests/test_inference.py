@@ -179,6 +179,7 @@ torch.manual_seed(0)
 src = scenes(n_train=1, n_val=3, size=48)
 net = torch.nn.Conv2d(3, len(src.classes), 3, padding=1)
 assert (evaluate(net, src, progress=False, distributed=True).counts == evaluate(net, src, progress=False).counts).all()
+dist.barrier(); dist.destroy_process_group()   # left to the end of the process, its threads may outlive it
 '''
     env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
     runs = [subprocess.Popen([sys.executable, '-c', program, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
