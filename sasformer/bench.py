@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fresh_peak', 'maps', 'Step', 'step_flops',
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
-           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table', 'main']
+           'bench_evaluate', 'concatenate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table',
+           'main']
 
 # %% ../nbs/66_bench.ipynb #8cdb4218
 import argparse, contextlib, copy, gc, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.all import L
+from fastcore.all import L, partial
 from .affinity import Form, affinity_loss, combine, propagate
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
@@ -268,16 +269,23 @@ def bench_evaluate(o)->dict:
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
 # %% ../nbs/66_bench.ipynb #15f7c10e
+def concatenate(decoder, feats):
+    "SegFormer's decoder as its paper has it: every level is projected, resized and concatenated before the second layer"
+    size = feats[0].shape[-2:]
+    levels = [F.interpolate(p(f), size, mode='bilinear', align_corners=False) for p,f in zip(decoder.project, feats)]
+    return decoder.fuse(torch.cat(levels[::-1], 1))
+
 def bench_naive(o)->dict:
-    "Training in bf16 with channels last beside the plain float32 loop, with both loss curves"
+    "Training in bf16 with channels last beside the plain float32 loop, and beside the decoder as the paper writes it, with the loss curves"
     src = scenes(n_train=64, n_val=1, size=o.size)
     data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=o.device).train
     batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y in data]
     torch.manual_seed(0)
     model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride, dropout=0.).to(o.device)
     curves, variants = {}, {}
-    for name in ('plain', 'ours'):
+    for name in ('decoder as written', 'plain', 'ours'):
         net, fast, curve = copy.deepcopy(model), name=='ours', curves.setdefault(name, [])
+        if name=='decoder as written': net.decoder.merge = partial(concatenate, net.decoder)
         if fast: net.to(memory_format=torch.channels_last)
         opt = OPTIMISERS['sgd'](net.parameters(), lr=.01)
         def run(net=net, fast=fast, curve=curve, opt=opt):
@@ -314,6 +322,7 @@ def scipy_filter(features, x, sigma=1.):
     for n,s in zip(order[1:], w): y[n] = (1-s*s)*a[n]+s*y[parent[n]]
     return (y[:,:-1]/y[:,-1:]).T.reshape(x.shape)
 
+# %% ../nbs/66_bench.ipynb #05bcc51a
 def bench_tree(o)->dict:
     "The tree energy loss, its SciPy and NumPy counterpart, and a training step"
     from sasformer.tree import tree_energy

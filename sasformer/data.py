@@ -87,6 +87,7 @@ def warp_labels(
 class SparseMask(TensorMask):
     "A label map as a tensor: class ids, 255 unlabelled, 254 padding"
 
+# %% ../nbs/02_data.ipynb #2a0d01e4
 class SparseDataset:
     "Image and label map of a source's ids; augmented if `augment`, else as they are"
     def __init__(self,

@@ -395,6 +395,7 @@ def after_epoch(self:RunFolder):
     if self.tensorboard:
         for k,v in row.items(): self.board.add_scalar(k, v, row['epoch'])
 
+# %% ../nbs/31_learner.ipynb #6c687138
 @patch
 def _save(self:RunFolder, name):
     src = self.dls.train.dataset.src
@@ -411,6 +412,7 @@ def after_fit(self:RunFolder):
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
         iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
+# %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):
     "Rows (dicts) as CSV text; a column that a row lacks stays empty"
     out = io.StringIO()

@@ -383,7 +383,7 @@ def order_sentence(
     if not o['pairs']: return "No two rows have both a number of ours and a published one yet."
     words = f"The published order holds for {o['same']} of {o['pairs']} pairs of rows"
     if o['clear']: return f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, {o['clear_same']} of these in the published order."
-    return f"{words}; no pair differs by more than the spread of several seeds."
+    return f"{words}; " + ("no pair differs by more than the spread of its seeds." if (df['seeds']>1).sum()>1 else "with one seed a row, none can be called certain.")
 
 # %% ../nbs/65_paper.ipynb #7b70f9be
 def draw_sheet(

@@ -147,6 +147,7 @@ def learner(self:Recipe,
     learn.recipe = self
     return learn
 
+# %% ../nbs/50_recipes.ipynb #51329893
 @patch
 def run(self:Recipe, learn):
     "Train a learner of this recipe as it says"

@@ -47,13 +47,17 @@ class SegformerDecoder(nn.Module):
             slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
             weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
             bias = sum(s @ p.bias for s,p in zip(slices, self.project))
-        x = 0
-        for f,w in reversed(list(zip(feats, weights))):
-            y = F.conv2d(f, w[...,None,None], bias if f is feats[0] else None)  # a constant is its own upsampling: add it once
-            x = x + (y if y.shape[-2:] == size else F.interpolate(y, size, mode='bilinear', align_corners=False))
+        by_size = {}
+        for f,w in zip(feats, weights):
+            # channels last, which timm's features are not: a 1×1 convolution is then one product; a constant is its own upsampling: add it once
+            y = F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None], bias if f is feats[0] else None)
+            s = y.shape[-2:]
+            by_size[s] = by_size[s].add_(y) if s in by_size else y              # new memory would cost more than the sum
+        x = by_size.pop(size)
+        for y in by_size.values(): x.add_(F.interpolate(y, size, mode='bilinear', align_corners=False))
         return x
 
-    def forward(self, feats): return self.classify(self.dropout(F.relu(self.norm(self.merge(feats)))))
+    def forward(self, feats): return self.classify(self.dropout(F.relu(self.norm(self.merge(feats)), inplace=True)))
 
 # %% ../nbs/11_segmenters.ipynb #a63520e1
 def _conv(i, o, size=1, dilation=1):

@@ -1,7 +1,7 @@
 "The affinity loss in one pass against autograd through built maps: threads, chunks, padding, precision, sampling"
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
-from sasformer.affinity import Form, affinity_loss, combine
+from sasformer.affinity import AffinityLoss, Form, affinity_loss, combine
 from sasformer.attention import QK, attention_map
 
 
@@ -85,3 +85,25 @@ def test_not_a_number_stays():
     with torch.no_grad(): blocks[0][0].q[0,0,0,0] = float('nan')
     assert combine(affinity_loss(blocks, logits, target)).isnan()
 
+
+
+def test_backward_once():
+    loss = combine(affinity_loss(*case()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='can go backward once'): loss.backward()
+
+
+def test_tap_is_empty_before_the_backward_pass():
+    from sasformer.datasets import get_source
+    from sasformer.data import sparse_dataloaders
+    from sasformer.learner import sparse_learner
+    from fastai.callback.core import Callback, CancelFitException
+    seen = []
+    class Look(Callback):
+        def before_backward(self):
+            seen.append((len(self.learn.affinity_loss.tap.layers), len(self.learn.affinity_loss._sums)))
+            raise CancelFitException()
+    dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
+    learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), cbs=Look())
+    learn.fit(1)
+    assert seen == [(0, 4)]   # four terms were computed, and nothing is held

@@ -1,5 +1,5 @@
 "sasformer_bench: measuring in turn, and every command in small"
-import json, subprocess, sys, time
+import json, subprocess, sys
 import numpy as np, pytest, torch
 from sasformer.bench import alternate, bench_parser, equal_models, main, matmul_peak, one_at_a_time, resident_peak, summary
 from sasformer.inference import multi_scale_logits
@@ -59,7 +59,8 @@ def test_tree(tmp_path):
 
 
 def test_one_at_a_time_is_multi_scale():
-    model = equal_models('mit_b0', 3)[0] if pytest.importorskip('transformers') else None
+    pytest.importorskip('transformers')
+    model = equal_models('mit_b0', 3)[0]
     x = torch.randn(1, 3, 64, 96)
     with torch.inference_mode(): a = one_at_a_time(model, x, (.5, 1.), True).softmax(1)
     torch.testing.assert_close(a, multi_scale_logits(model, x, (.5, 1.), True).softmax(1), atol=1e-5, rtol=0)
