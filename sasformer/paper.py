@@ -140,6 +140,9 @@ TABLES.update(
     camvid_switches=Table('CamVid, points (short scribbles where it says so): one change at a time, from α = 1.2 from the start', {
         'alpha1.2-start0': {},
         'short-alpha1.2-start0': dict(annotation='scribble:length=0.1'),
+        'alpha.3-start.5': dict(alpha=.3, start=.5),
+        'alpha1.2-start.5': dict(start=.5),
+        'alpha6-start.5': dict(alpha=6., start=.5),
         'released': dict(form='released', alpha=1.2),
         'paper': dict(form='paper', alpha=1.2),
         'block4-L1': dict(double=False, blocks='4', alpha=1.2, start=.2),
