@@ -9,7 +9,7 @@ __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'F
 # %% ../nbs/20_affinity.ipynb #caf66f9b
 import dataclasses, functools, itertools, math, threading
 import numpy as np, torch, torch.nn.functional as F
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from numba import njit
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -371,7 +371,8 @@ def affinity_loss(
     chosen = [b+1 for b in sorted(blocks)] if form.blocks is None else form.blocks
     if missing := [b for b in chosen if b-1 not in blocks]:
         raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, not {missing}")
-    with torch.autocast(logits.device.type, enabled=False), _one_thread(logits.device) as threads:
+    few = _one_thread(logits.device) if propagate is None else nullcontext()   # what is compared with keeps all threads
+    with torch.autocast(logits.device.type, enabled=False), few as threads:
         resized = functools.cache(partial(_resized, logits.float(), form.scores))   # blocks share sizes
         inputs = [_block_inputs(blocks[b-1], resized, target, form) for b in chosen]
         totals, processes = _totals(inputs, form, threads, propagate), max(1, num_distrib())
