@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fresh_peak', 'maps', 'Step', 'step_flops',
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
-           'bench_evaluate', 'concatenate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table',
-           'main']
+           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_parser', 'table', 'main']
 
 # %% ../nbs/66_bench.ipynb #8cdb4218
 import argparse, contextlib, copy, gc, json, os, subprocess, sys, tempfile, time
@@ -269,7 +268,7 @@ def bench_evaluate(o)->dict:
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
 # %% ../nbs/66_bench.ipynb #15f7c10e
-def concatenate(decoder, feats):
+def _concatenate(decoder, feats):
     "SegFormer's decoder as its paper has it: every level is projected, resized and concatenated before the second layer"
     size = feats[0].shape[-2:]
     levels = [F.interpolate(p(f), size, mode='bilinear', align_corners=False) for p,f in zip(decoder.project, feats)]
@@ -285,7 +284,7 @@ def bench_naive(o)->dict:
     curves, variants = {}, {}
     for name in ('decoder as written', 'plain', 'ours'):
         net, fast, curve = copy.deepcopy(model), name=='ours', curves.setdefault(name, [])
-        if name=='decoder as written': net.decoder.merge = partial(concatenate, net.decoder)
+        if name=='decoder as written': net.decoder.merge = partial(_concatenate, net.decoder)
         if fast: net.to(memory_format=torch.channels_last)
         opt = OPTIMISERS['sgd'](net.parameters(), lr=.01)
         def run(net=net, fast=fast, curve=curve, opt=opt):

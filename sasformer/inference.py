@@ -69,8 +69,8 @@ def chunked_attention(
     space, out = q.new_empty(heads*rows*M), q.new_empty(B*H, N, v.shape[-1])
     for h in (slice(i, i+heads) for i in range(0, B*H, heads)):
         for r in (slice(i, i+rows) for i in range(0, N, rows)):
-            S = space[:q[h,r].shape[:2].numel()*M].view(*q[h,r].shape[:2], M)
-            torch.baddbmm(q.new_empty(()), q[h,r], k[h].mT, beta=0, alpha=alpha, out=S)
+            shape = *q[h,r].shape[:2], M
+            S = torch.baddbmm(q.new_empty(()), q[h,r], k[h].mT, beta=0, alpha=alpha, out=space[:math.prod(shape)].view(shape))
             out[h,r] = S.softmax(-1) @ v[h]
     return out.unflatten(0, (B,H))
 

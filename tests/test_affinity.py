@@ -1,7 +1,8 @@
 "The affinity loss in one pass against autograd through built maps: threads, chunks, padding, precision, sampling"
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
-from sasformer.affinity import AffinityLoss, Form, affinity_loss, combine
+from torch.nn import functional as F
+from sasformer.affinity import AffinityLoss, Form, affinity_loss, combine, counted_rows
 from sasformer.attention import QK, attention_map
 
 
@@ -107,3 +108,12 @@ def test_tap_is_empty_before_the_backward_pass():
     learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), cbs=Look())
     learn.fit(1)
     assert seen == [(0, 4)]   # four terms were computed, and nothing is held
+
+
+@pytest.mark.parametrize('size', [(64,64), (37,51), (23,30), (7,300)])
+def test_counted_rows_are_the_nearest(size):
+    target = torch.where(torch.rand(2,251,333)<.3, 7, UNLABELLED)
+    target[:,100:] = PADDING
+    nearest = F.interpolate(target[:,None].float(), size, mode='nearest').flatten(1)
+    assert torch.equal(counted_rows(target, size, 'unlabelled'), nearest==UNLABELLED)
+    assert torch.equal(counted_rows(target, size, 'all'), nearest!=PADDING)

@@ -51,6 +51,7 @@ def test_naive(tmp_path):
     r = run(tmp_path, 'naive', '--size', 64, '--batch', 4, '--steps', 3)
     a, b = (np.array(r['curves'][n]) for n in ('plain', 'ours'))
     assert len(a)==5 and np.abs(a-b).max()<.1
+    assert list(r['rows'])==['decoder as written', 'plain', 'ours'] and np.abs(a-r['curves']['decoder as written']).max()<1e-3
 
 
 def test_tree(tmp_path):
