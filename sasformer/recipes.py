@@ -162,7 +162,7 @@ _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', alpha=1.2, start=.5, sigma=.005, size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', alpha=3., start=.5, sigma=.002, size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    camvid=dict(data='camvid', alpha=1.2, start=.5, sigma=.002, size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     folder=dict(data='folder', alpha=1.2, start=.5, size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble', alpha=1.2),
     voc2012_point=dict(_paper, annotation='point', alpha=.2),
