@@ -7,18 +7,14 @@ __all__ = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'propagate', 'F
            'affinity_loss', 'combine', 'AffinityLoss']
 
 # %% ../nbs/20_affinity.ipynb #caf66f9b
-import dataclasses, functools, itertools, math, threading
-import numpy as np, torch, torch.nn.functional as F
-from contextlib import contextmanager, nullcontext
-from numba import njit
+import dataclasses, functools, math, torch, torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from fastcore.all import *
 from fastai.vision.all import Callback, num_distrib
 from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
 from .data import global_sum
-from concurrent.futures import ThreadPoolExecutor   # last: fastcore has another of this name
+from .quick import spread
 
 # %% ../nbs/20_affinity.ipynb #a74388ac
 def _patches(layers):
@@ -127,236 +123,29 @@ def _take(x, rows):
     x = x.movedim(-2, 1)
     return _Select.apply(x.reshape(B*M, -1), flat).view(B, -1, *x.shape[2:]).movedim(1, -2)
 
-# %% ../nbs/20_affinity.ipynb #27a76ac9
-def compiled(f):
-    "`f` as machine code that runs without Python's lock; kept on disk, where there is a folder for it"
-    kwargs = dict(nogil=True, fastmath={'reassoc', 'contract', 'nsz'})   # NaN stays NaN
-    try: return njit(cache=True, **kwargs)(f)
-    except RuntimeError: return njit(**kwargs)(f)   # neither the package's folder nor the user's can be written to
+# %% ../nbs/20_affinity.ipynb #6900094d
+def _spread(layers, v, rows, teach):
+    "`v` spread to `rows`, along the maps that the network kept or without any"
+    if all(o.map is not None for o in layers): return spread([o.map for o in layers], v, rows, teach)
+    return propagate([o._replace(q=_take(o.q[:,:,o.prefix:], rows), k=o.k[:,:,o.prefix:], prefix=0) for o in layers], v)
 
-# %% ../nbs/20_affinity.ipynb #f71fe762
-f32, i32, u32 = np.float32, np.int32, np.uint32
-
-@compiled
-def _exp(x):   # of a number not above 0
-    x = max(x*f32(1.44269504), f32(-126))
-    n = np.floor(x+f32(.5))
-    f = x-n        # -0.5 … 0.5
-    p = ((f32(1.5403530e-4)*f+f32(1.3333558e-3))*f+f32(9.6181291e-3))*f+f32(5.5504109e-2)
-    p = ((p*f+f32(2.4022651e-1))*f+f32(6.9314718e-1))*f+f32(1)
-    return p*i32((i32(n)+i32(127))<<i32(23)).view(f32)
-
-@compiled
-def _largest(s):
-    top = i32(-2**31+1)
-    for j in range(s.size):
-        bits = f32(s[j]).view(i32)
-        bits ^= (bits>>i32(31))&i32(2**31-1)   # now integers order as the floats do
-        top = bits if bits>top else top
-    return i32(top^((top>>i32(31))&i32(2**31-1))).view(f32)
-
-# %% ../nbs/20_affinity.ipynb #45f817d4
-@compiled
-def _read(s, row):   # numbers of 16 bits hold a bfloat16
-    if s.itemsize==2:
-        for j in range(s.size): row[j] = u32(u32(s[j])<<u32(16)).view(f32)
-    else:
-        for j in range(s.size): row[j] = s[j]
-
-@compiled
-def _write(row, s):
-    if s.itemsize==2:
-        for j in range(s.size):
-            bits = f32(row[j]).view(u32)
-            s[j] = (bits+u32(0x7fff)+((bits>>u32(16))&u32(1)))>>u32(16)   # to nearest, ties to even
-    else:
-        for j in range(s.size): s[j] = row[j]
-
-# %% ../nbs/20_affinity.ipynb #53d5300a
-@compiled
-def _softmax_sum(S, total):   # (B, H, r, m), softmax in place; (B, r, m) gets the sum over heads
-    B, H, R, m = S.shape
-    s = np.empty(m, f32)
-    for b in range(B):
-        for i in range(R):
-            t = total[b,i]
-            t[:] = 0
-            for h in range(H):
-                _read(S[b,h,i], s)
-                top, z = _largest(s), f32(0)
-                for j in range(m):
-                    e = _exp(s[j]-top)
-                    s[j] = e
-                    z += e
-                z = f32(1)/z
-                for j in range(m):
-                    s[j] *= z
-                    t[j] += s[j]
-                _write(s, S[b,h,i])
-
-@compiled
-def _softmax_back(A, G, scale):   # (B, H, r, m), in place; (B, r, m), the same for all heads
-    B, H, R, m = A.shape
-    a = np.empty(m, f32)
-    for b in range(B):
-        for h in range(H):
-            for i in range(R):
-                _read(A[b,h,i], a)
-                g, z = G[b,i], f32(0)
-                for j in range(m): z += a[j]*g[j]
-                for j in range(m): a[j] *= (g[j]-z)*scale
-                _write(a, A[b,h,i])
-
-# %% ../nbs/20_affinity.ipynb #fca7c666
-def _array(t): return t.view(torch.uint16).numpy() if t.dtype==torch.bfloat16 else t.numpy()
-
-def _by_loops(S, T): return S.device.type=='cpu' and T.dtype==torch.float32 and S.dtype in (torch.float32, torch.bfloat16)
-
-def _spread(S, total):
-    "Softmax of S (B, H, r, m) along m, perhaps in its memory; its sum over the heads goes to `total`, (B, r, m)"
-    if _by_loops(S, total):
-        _softmax_sum(_array(S), total.numpy())
-        return S
-    A = S.to(total.dtype).softmax(-1)
-    torch.sum(A, 1, out=total)
-    return A
-
-def _spread_back(A, G, scale, dtype):
-    "Gradient to what `A` is the softmax of, times `scale`, perhaps in its memory; G (B, r, m) is the gradient to the A of each head"
-    if _by_loops(A, G):
-        _softmax_back(_array(A), G.numpy(), np.float32(scale))
-        return A
-    G = G[:,None]
-    return (A*(G-(A*G).sum(-1, keepdim=True))*scale).to(dtype)
-
-# %% ../nbs/20_affinity.ipynb #cacaba27
 def _distance(form, y, p):
     "Between rows of `y` and `p`, (…, C) → (…)"
     if form.double: y, p = y.softmax(-1), p.softmax(-1)
     return DISTANCES[form.distance](y, p)
 
-@torch.enable_grad()
-def _distance_back(form, y, p, weight):
-    "Weighted sum of the distances, and its gradients to `y` and `p`"
-    y, p = y.requires_grad_(), p.detach().requires_grad_()
-    loss = (_distance(form, y, p)*weight).sum()
-    return loss.detach(), *torch.autograd.grad(loss, (y, p))
-
-_kept = threading.local()
-
-def _space(name, size, like):
-    "Memory to work in, on a CPU always the same in a thread"
-    if like.device.type!='cpu': return like.new_empty(size)
-    kept, n = getattr(_kept, name, None), math.prod(size)*like.element_size()
-    if kept is None or len(kept)<n: setattr(_kept, name, kept := torch.empty(n, dtype=torch.uint8))
-    return kept[:n].view(like.dtype).view(size)
-
-def _chunk(form, scale, weight, v, p, q, k, gv, gk):
-    """Weighted sum of the distances over a chunk, and its gradients to `p` and `q`; those to `v` and `k` are added to `gv` and `gk`.
-    q (B, H, r, D), k (B, H, M', D), p (B, r, C), v (B, C, M') because narrow products run faster this way round"""
-    (B, H, r, D), m = q.shape, k.shape[2]
-    S, T, gq = _space('S', (B,H,r,m), q), _space('T', (B,r,m), v), _space('gq', (B*H,r,D), q)
-    q, k, v = q.flatten(0,1), k.flatten(0,1), v/H
-    torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale, out=S.flatten(0,1))
-    A = _spread(S, T)
-    loss, gy, gp = _distance_back(form, torch.bmm(v, T.mT).mT.contiguous(), p, weight)
-    gv.baddbmm_(gy.mT, T, alpha=1/H)
-    gS = _spread_back(A, torch.bmm(gy, v, out=T), scale, q.dtype).flatten(0,1)
-    gk.flatten(0,1).baddbmm_(gS.mT, q)
-    return loss, gp, torch.bmm(gS, k, out=gq).unflatten(0, (B,H))
-
-# %% ../nbs/20_affinity.ipynb #acf8a9d6
-@functools.cache
-def _threads(n):
-    "`n` threads that compute alone"
-    pool, ready = ThreadPoolExecutor(n), threading.Barrier(n+1)
-    def alone():
-        torch.get_num_threads()   # before the first call the number that is set next would not last
-        torch.set_num_threads(1)
-        ready.wait()
-    for _ in range(n): pool.submit(alone)
-    ready.wait()
-    torch.set_num_threads(n)   # a thread that is started later begins with the number that was set last
-    return pool
-
-@contextmanager
-def _one_thread(device):
-    "On a CPU one thread for PyTorch's operations inside; gives the number that there were"
-    n = torch.get_num_threads() if device.type=='cpu' else 1
-    if n>1: torch.set_num_threads(1)
-    try: yield n
-    finally:
-        if n>1: torch.set_num_threads(n)
-
-def _split(n, size): return [slice(i, min(n, i+size)) for i in range(0, n, size)]
-
-# %% ../nbs/20_affinity.ipynb #a5b39fb9
-@torch.no_grad()   # each thread has its own switch
-def _part(form, scale, weight, v, p, qs, ks, gp, gq, room, at):
-    "The images and rows `at`, in chunks of `room` numbers: their sum, its gradients to `v` and to the keys; those to `p` and `qs` go to `gp` and `gq`"
-    b, rows = at
-    k, loss, m = torch.cat([t[b] for t in ks], 1), 0, v.shape[2]
-    gv, gk, (B,H,_,D) = torch.zeros_like(v[b]), torch.zeros_like(k), k.shape
-    R = min(rows.stop-rows.start, max(1, room//(H*m*B)))
-    for start in range(rows.start, rows.stop, R):
-        r = slice(start, min(rows.stop, start+R))
-        q = torch.cat([t[b,:,r] for t in qs], 1, out=_space('q', (B,H,r.stop-start,D), k))
-        part, gp[b,r], g = _chunk(form, scale, weight[b,r], v[b], p[b,r], q, k, gv, gk)
-        loss = loss+part
-        for t,g in zip(gq, g.chunk(len(qs), 1)): t[b,:,r] = g
-    return b, loss, gv, gk
-
-# %% ../nbs/20_affinity.ipynb #2cafb976
-class _RowSums(torch.autograd.Function):
-    "For each block the weighted sum over positions of the distance between A P' and P, its gradients computed along with it"
-    @staticmethod
-    def forward(ctx, form, threads, blocks, *tensors):   # blocks: (scale, weight, number of layers); tensors: v, p, then q and k of each layer, block by block
-        tensors, jobs, gradients = iter(tensors), [], []
-        cpu = blocks[0][1].device.type=='cpu'
-        room = 2**21 if cpu else 2**27   # numbers in a chunk of maps; on a CPU they should stay in the cache
-        for scale,weight,layers in blocks:
-            v, p, *qk = itertools.islice(tensors, 2+2*layers)
-            qs, ks, v = qk[:layers], qk[layers:], v.mT.contiguous()
-            (B,R,_), m, H = p.shape, v.shape[2], layers*qs[0].shape[1]
-            gv, gp, gq, gk = torch.zeros_like(v), torch.empty_like(p), [torch.empty_like(t) for t in qs], [torch.zeros_like(t) for t in ks]
-            images = max(1, min(math.ceil(B/threads), room//(H*m*R)))
-            span = R if math.ceil(B/images)>=threads else math.ceil(R/threads)
-            work = partial(_part, form, scale, weight, v, p, qs, ks, gp, gq, room)
-            jobs += [(len(gradients), partial(work, at)) for at in itertools.product(_split(B, images), _split(R, span))]
-            gradients.append((gv, gp, gq, gk))
-        totals = [0]*len(blocks)
-        for (i,_),(b,loss,dv,dk) in zip(jobs, (_threads(threads).map if threads>1 else map)(lambda job: job[1](), jobs)):
-            gv, _, _, gk = gradients[i]
-            totals[i] = totals[i]+loss
-            gv[b] += dv
-            for t,g in zip(gk, dk.chunk(len(gk), 1)): t[b] += g
-        ctx.gradients = [[gv.mT, gp, *gq, *gk] for gv,gp,gq,gk in gradients]
-        return torch.stack(totals)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        if ctx.gradients is None: raise RuntimeError("the affinity loss can go backward once: its gradients are scaled in place")
-        gradients, ctx.gradients = [t.mul_(s) for s,ts in zip(g, ctx.gradients) for t in ts], None
-        return None, None, None, *[t if need else None for t,need in zip(gradients, ctx.needs_input_grad[3:])]
-
 # %% ../nbs/20_affinity.ipynb #469a4254
-def _block_inputs(layers, resized, target, form):
-    "Layers; class probabilities at their keys (B, M', C) and queries (B, R, C); which R positions (all if None), their weights (B, R); how many count"
-    if form.temperature!=1: layers = [o._replace(scale=o.scale/form.temperature) for o in layers]
+def _block_sum(layers, resized, target, form, propagate):
+    "Weighted sum over a block's counted positions, and how many count"
+    if form.temperature!=1: layers = [o._replace(scale=o.scale/form.temperature, map=None) for o in layers]
     if 'A' in form.detach: layers = [o._replace(q=o.q.detach(), k=o.k.detach()) for o in layers]
     v, p = resized(layers[0].k_size), resized(layers[0].q_size)
     if 'V' in form.detach: v = v.detach()
     if 'P' in form.detach: p = p.detach()
     on = counted_rows(target, layers[0].q_size, form.rows)
     rows, weight = draw_rows(on, form.share)
-    return layers, v, _take(p, rows), rows, weight, on.sum()
-
-def _totals(inputs, form, threads, propagate):
-    "Sum over the positions of each block; in one pass, or with `propagate`"
-    if propagate is not None: return [(_distance(form, _take(propagate(layers, v), rows), p)*weight).sum() for layers,v,p,rows,weight,_ in inputs]
-    tensors = [[v, p, *(_take(o.q[:,:,o.prefix:] if o.prefix else o.q, rows) for o in layers), *(o.k[:,:,o.prefix:] if o.prefix else o.k for o in layers)] for layers,v,p,rows,*_ in inputs]
-    return _RowSums.apply(form, threads, [(layers[0].scale, weight, len(layers)) for layers,_,_,_,weight,_ in inputs], *sum(tensors, []))
+    y = _spread(layers, v, rows, 'A' not in form.detach) if propagate is None else _take(propagate(layers, v), rows)
+    return (_distance(form, y, _take(p, rows))*weight).sum(), on.sum()
 
 # %% ../nbs/20_affinity.ipynb #75e23426
 def affinity_loss(
@@ -371,12 +160,10 @@ def affinity_loss(
     chosen = [b+1 for b in sorted(blocks)] if form.blocks is None else form.blocks
     if missing := [b for b in chosen if b-1 not in blocks]:
         raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, not {missing}")
-    few = _one_thread(logits.device) if propagate is None else nullcontext()   # what is compared with keeps all threads
-    with torch.autocast(logits.device.type, enabled=False), few as threads:
+    with torch.autocast(logits.device.type, enabled=False):
         resized = functools.cache(partial(_resized, logits.float(), form.scores))   # blocks share sizes
-        inputs = [_block_inputs(blocks[b-1], resized, target, form) for b in chosen]
-        totals, processes = _totals(inputs, form, threads, propagate), max(1, num_distrib())
-        return {b: t*processes/global_sum(n).clamp_min(1) for b,t,(*_,n) in zip(chosen, totals, inputs)}   # the mean over all processes, once they are averaged
+        sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagate) for b in chosen], max(1, num_distrib())
+        return {b: t*processes/global_sum(n).clamp_min(1) for b,(t,n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
 
 def combine(terms:dict, over_blocks:str='mean')->Tensor:
     "The mean or sum of the blocks' terms"

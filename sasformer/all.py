@@ -12,6 +12,7 @@ from .data import *
 from .mit import *
 from .segmenters import *
 from .attention import *
+from .quick import *
 from .affinity import *
 from .tree import *
 from .metrics import *

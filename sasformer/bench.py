@@ -19,6 +19,7 @@ from .data import ToModel, sparse_dataloaders
 from .datasets import get_source, open_image, scenes
 from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales, predict_folder, predict_logits
 from .learner import OPTIMISERS, environment, partial_cross_entropy, peak_memory, write_json
+from .quick import QuickAttention
 from .segmenters import create_segmenter
 
 # %% ../nbs/66_bench.ipynb #39d11212
@@ -94,7 +95,7 @@ class Step:
         self.o, self.device = o, torch.device(o.device)
         fmt = torch.channels_last if o.channels_last else torch.contiguous_format
         self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride).to(self.device, memory_format=fmt)
-        self.tap, self.fmt = AttentionTap(self.model), fmt
+        self.tap, self.fmt, self.quick = AttentionTap(self.model), fmt, QuickAttention()
         self.opt = OPTIMISERS['sgd'](self.model.parameters(), lr=1e-3)
         src = scenes(n_train=o.batch, n_val=1, size=o.size)
         self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device, scales=(1.,1.5)).train
@@ -106,10 +107,11 @@ class Step:
 
     def __call__(self, loss, batch):
         "One step; seconds by stage"
-        clock, (x, y) = [time.perf_counter()], batch
+        o, clock, (x, y) = self.o, [time.perf_counter()], batch
         def tick(): self.sync(); clock.append(time.perf_counter())
         if loss is not None: self.tap.on()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.o.precision=='bf16'): out = self.model(x)
+        quick = self.quick if o.precision=='bf16' or not loss or 'propagate' not in loss else contextlib.nullcontext()   # in float32 built maps go better with the fused kernel
+        with quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = self.model(x)
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
@@ -281,7 +283,7 @@ def bench_naive(o)->dict:
     batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y in data]
     torch.manual_seed(0)
     model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride, dropout=0.).to(o.device)
-    curves, variants = {}, {}
+    curves, variants, quick = {}, {}, QuickAttention()
     for name in ('decoder as written', 'plain', 'ours'):
         net, fast, curve = copy.deepcopy(model), name=='ours', curves.setdefault(name, [])
         if name=='decoder as written': net.decoder.merge = partial(_concatenate, net.decoder)
@@ -290,7 +292,7 @@ def bench_naive(o)->dict:
         def run(net=net, fast=fast, curve=curve, opt=opt):
             x, y = batches[len(curve)%len(batches)]
             if fast: x = x.to(memory_format=torch.channels_last)
-            with torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=fast): out = net(x)
+            with quick if fast else contextlib.nullcontext(), torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=fast): out = net(x)
             if fast: loss = partial_cross_entropy(out, y)
             else:
                 full = F.interpolate(out, y.shape[-2:], mode='bilinear', align_corners=False)

@@ -1,4 +1,4 @@
-"The affinity loss in one pass against autograd through built maps: threads, chunks, padding, precision, sampling"
+"The affinity loss without maps against autograd through built maps: threads, padding, precision, sampling"
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
 from torch.nn import functional as F
@@ -33,7 +33,6 @@ def threads(request):
     n = torch.get_num_threads()
     torch.set_num_threads(request.param)
     yield request.param
-    assert torch.get_num_threads()==request.param   # the threads of the loss leave the caller's number alone
     torch.set_num_threads(n)
 
 
@@ -87,11 +86,11 @@ def test_not_a_number_stays():
     assert combine(affinity_loss(blocks, logits, target)).isnan()
 
 
-
-def test_backward_once():
-    loss = combine(affinity_loss(*case()))
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='can go backward once'): loss.backward()
+def test_backward_twice():
+    blocks, logits, target = case()
+    loss = combine(affinity_loss(blocks, logits, target))
+    first, = torch.autograd.grad(loss, logits, retain_graph=True)
+    assert torch.equal(first, torch.autograd.grad(loss, logits)[0])
 
 
 def test_tap_is_empty_before_the_backward_pass():

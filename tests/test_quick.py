@@ -1,0 +1,112 @@
+"Attention from plain products: what it takes, its memory, and the affinity loss along the maps it keeps"
+import gc, pytest, torch
+from torch.nn import functional as F
+from sasformer.affinity import Form, affinity_loss, combine
+from sasformer.annotations import UNLABELLED
+from sasformer.attention import AttentionTap, attention_map, heard
+from sasformer.quick import QuickAttention, can_be_quick
+from sasformer.segmenters import create_segmenter
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return create_segmenter('segformer_mit_b0', 5, last_stride=1, decoder_dim=32, dropout=0.).eval()
+
+
+def target(): return torch.randint(0, 5, (2,64,64)).where(torch.rand(2,64,64)<.05, torch.tensor(UNLABELLED))
+
+
+def loss_of(model, x, y, context, form=Form(), **kw):
+    with AttentionTap(model) as tap, context: out = model(x)
+    return out.square().mean()+10*combine(affinity_loss(tap.blocks, out, y, form, **kw))
+
+
+def gradient(loss, model, **kw): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters(), allow_unused=True, **kw) if g is not None])
+
+
+def plain(model, x, y): return gradient(loss_of(model, x, y, torch.enable_grad(), propagate=lambda l, p: attention_map(l) @ p), model)
+
+
+def close(a, b): assert (a-b).abs().max()<1e-5*b.abs().max()
+
+
+def test_two_forward_passes_before_their_backward_passes(model):
+    "As in gradient accumulation: the second must not write into the maps of the first"
+    quick, xs, ys = QuickAttention(), torch.randn(2, 2, 3, 64, 64), [target(), target()]
+    losses = [loss_of(model, x, y, quick) for x,y in zip(xs, ys)]
+    for loss,x,y in zip(losses, xs, ys): close(gradient(loss, model), plain(model, x, y))
+
+
+def test_backward_twice(model):
+    "The maps are given back in the first backward pass and made again in the second"
+    x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention()
+    loss = loss_of(model, x, y, quick)
+    first = gradient(loss, model, retain_graph=True)
+    loss_of(model, x+1, y, quick)   # writes into the same memory
+    close(gradient(loss, model), first)
+    close(first, plain(model, x, y))
+
+
+def test_memory_is_used_again_and_bounded(model):
+    x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention(.2)
+    for n in (2, 1, 2):
+        loss = loss_of(model, x[:n], y[:n], quick)
+        assert quick.room.taken<=.2*2**20
+        del loss; gc.collect()
+        assert quick.room.taken==sum(size*len(o) for size,o in quick.room.free.items())   # also without a backward pass
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_what_it_passes_on(dtype, monkeypatch):
+    from sasformer import quick
+    taken = []
+    monkeypatch.setattr(quick.QuickAttention, '_attend', lambda self, q, *a: taken.append(q.dtype) or q)
+    q = torch.randn(1, 2, 5, 8, dtype=dtype, requires_grad=True)
+    mask = torch.ones(5, 5, dtype=torch.bool)
+    with quick.QuickAttention():
+        for kw in (dict(is_causal=True), dict(attn_mask=mask), dict(dropout_p=.1)): F.scaled_dot_product_attention(q, q, q, **kw)
+        F.scaled_dot_product_attention(q, q, q, mask)
+        F.scaled_dot_product_attention(q[0], q[0], q[0])
+        F.scaled_dot_product_attention(q, q[:,:1].expand(-1,2,-1,-1)[:,:1], q[:,:1], enable_gqa=True)
+        assert not taken
+        F.scaled_dot_product_attention(q, q, q, dropout_p=0., scale=.5)
+    assert len(taken)==(dtype==torch.bfloat16)
+
+
+def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
+    x = torch.randn(2, 3, 64, 64)
+    class Stop(Exception): pass
+    def stop(*_): raise Stop()
+    layer = model.backbone.get_submodule('stages_1') if hasattr(model.backbone, 'stages_1') else model.backbone.stages[1]
+    handle = layer.blocks[0].attn.proj.register_forward_pre_hook(stop)
+    with AttentionTap(model), pytest.raises(Stop), QuickAttention(): model(x)
+    handle.remove()
+    assert heard.layer is None
+    with QuickAttention(), torch.no_grad(): assert torch.equal(model(x), model(x))
+
+
+def test_a_learner_uses_it(monkeypatch):
+    "In training, with the affinity loss and without; the context is left, and the memory given up"
+    from sasformer import quick
+    from sasformer.affinity import AffinityLoss
+    from sasformer.data import sparse_dataloaders
+    from sasformer.datasets import get_source
+    from sasformer.learner import sparse_learner
+    calls, plain = [], quick._backward
+    monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
+    dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
+    dls.train.n = 2
+    for precision,method,expected in (('fp32',None,0), ('fp32',AffinityLoss(),8), ('bf16',None,8), ('bf16',AffinityLoss(),8)):
+        calls.clear()
+        learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
+        with learn.no_logging(): learn.fit(1)
+        assert len(calls)==expected
+        assert torch.overrides._get_current_function_mode_stack()==[] and learn.quick.attention.room.taken==0
+
+
+def test_checkpointed_and_compiled_models_are_left_alone(model):
+    assert can_be_quick(model)
+    assert not can_be_quick(torch.compile(model, backend='eager'))
+    model.backbone.set_grad_checkpointing()
+    assert not can_be_quick(model)
