@@ -84,7 +84,7 @@ def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
 
-LOSSES = {'bare': None, 'affinity': dict(), 'maps': dict(propagate=maps), 'fused attention': dict(propagate=propagate), 'sampled': dict(form=Form(share=.25))}
+LOSSES = dict(bare=None, fused=None, affinity={}, propagate=dict(propagate=propagate), maps=dict(propagate=maps), sampled=dict(form=Form(share=.25)))
 
 def _fold(y, classes): return (y%classes).where(y<PADDING, y)   # the scenes' classes, in a model with fewer
 
@@ -105,13 +105,13 @@ class Step:
         x, y = (t.as_subclass(torch.Tensor) for t in next(iter(self.data)))
         return x.to(memory_format=self.fmt), _fold(y, self.o.classes)
 
-    def __call__(self, loss, batch):
+    def __call__(self, variant, batch):
         "One step; seconds by stage"
-        o, clock, (x, y) = self.o, [time.perf_counter()], batch
+        o, loss, clock, (x, y) = self.o, LOSSES[variant], [time.perf_counter()], batch
+        stock = variant=='fused' or (variant in ('propagate','maps') and o.precision=='fp32')
         def tick(): self.sync(); clock.append(time.perf_counter())
         if loss is not None: self.tap.on()
-        quick = self.quick if o.precision=='bf16' or not loss or 'propagate' not in loss else contextlib.nullcontext()   # in float32 built maps go better with the fused kernel
-        with quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = self.model(x)
+        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = self.model(x)
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
@@ -137,26 +137,25 @@ def bench_step(o)->dict:
     batch, data = step.batch(), []
     for _ in range(5):
         start = time.perf_counter(); step.batch(); step.sync(); data.append(time.perf_counter()-start)
-    losses = {n: LOSSES[n] for n in o.variants}
-    result = summary(alternate({n: lambda l=l: step(l, batch) for n,l in losses.items()}, o.steps, sync=step.sync))
+    result = summary(alternate({n: partial(step, n, batch) for n in o.variants}, o.steps, sync=step.sync))
     flops, peak = step_flops(step), matmul_peak(step.device, DTYPES[o.precision])
     for name, r in result.items():
         r['images_per_second'] = 1e3*o.batch/r['ms']
         r['share_of_peak'] = flops/(r['ms']/1e3)/peak
-        r['peak_mb'] = _step_memory(o, step, losses[name], name, batch)
+        r['peak_mb'] = _step_memory(o, step, name, batch)
     for r in result.values(): r['memory_ratio'] = r['peak_mb']/result['bare']['peak_mb']
     return dict(rows=result, data_ms=1e3*float(np.median(data)), flops=flops, matmul_peak=peak)
 
 # %% ../nbs/66_bench.ipynb #e3edf21f
 def _memory_of(o):
     step = Step(o)
-    for _ in range(3): step(LOSSES[o.memory_of], step.batch())
+    for _ in range(3): step(o.memory_of, step.batch())
     return resident_peak()
 
-def _step_memory(o, step, loss, name, batch):
+def _step_memory(o, step, name, batch):
     if step.device.type=='cuda':
         torch.cuda.reset_peak_memory_stats()
-        step(loss, batch)
+        step(name, batch)
         return torch.cuda.max_memory_allocated()/2**20
     flags = [f for k in ('model','size','batch','classes','precision','device','threads','last_stride') for f in (f'--{k}', getattr(o, k))]
     return fresh_peak(['step', *flags, '--channels_last' if o.channels_last else '--no-channels_last', '--memory_of', name])
@@ -345,7 +344,7 @@ def bench_tree(o)->dict:
         scipy_filter(high[0].detach().double().numpy(), scipy_filter(low[0].double().numpy(), x, .02))
     step = Step(o)
     batch = step.batch()
-    times = alternate({'tree energy': ours, 'SciPy and NumPy, forward, one image': plain, 'bare step': lambda: step(None, batch)}, o.steps)
+    times = alternate({'tree energy': ours, 'SciPy and NumPy, forward, one image': plain, 'bare step': lambda: step('bare', batch)}, o.steps)
     rows = summary(times)
     whole = rows['SciPy and NumPy, forward, one image']
     whole['ms_whole_batch'] = B*whole['ms']
