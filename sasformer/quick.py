@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['chunked_attention', 'MapRoom', 'AttentionMap', 'spread', 'QuickAttention', 'can_be_quick']
 
-# %% ../nbs/13_quick.ipynb #144f9104
+# %% ../nbs/13_quick.ipynb #db78e240
 import math, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from .attention import heard
 
-# %% ../nbs/13_quick.ipynb #b76b5279
+# %% ../nbs/13_quick.ipynb #a776f123
 def _pieces(n, N, M, room):
     "A map (n, N, M) in pieces of at most `room` numbers: slices of heads, slices of rows"
     rows = min(N, max(1, room//M))
@@ -29,7 +29,7 @@ def _scores(q, k, scale, out): return torch.baddbmm(q.new_empty(()), q, k.mT, be
 
 def _softmax_scores(q, k, scale, out): return torch.softmax(_scores(q, k, scale, out), -1, out=out)
 
-# %% ../nbs/13_quick.ipynb #551a5ca4
+# %% ../nbs/13_quick.ipynb #54c8baa3
 def chunked_attention(
     q:Tensor,         # Queries, (B, heads, M, D)
     k:Tensor,         # Keys, (B, heads, M', D)
@@ -47,7 +47,7 @@ def chunked_attention(
     for h,r in pieces: torch.bmm(_softmax_scores(q[h,r], k[h], scale, part(h, r)), v[h], out=out[h,r])
     return out.unflatten(0, (B,H))
 
-# %% ../nbs/13_quick.ipynb #817c9157
+# %% ../nbs/13_quick.ipynb #13a57876
 class MapRoom:
     "Memory for maps, used again and again, of which there is never more than `mb` megabytes"
     def __init__(self, mb:float): self.room, self.taken, self.free = mb*2**20, 0, {}
@@ -81,7 +81,7 @@ class AttentionMap:
         self.map = None
     __del__ = forget
 
-# %% ../nbs/13_quick.ipynb #64a6115f
+# %% ../nbs/13_quick.ipynb #258fce57
 class _Attention(torch.autograd.Function):
     "Attention whose map `m` others may use; they depend on the second output, so that they go backward first"
     @staticmethod
@@ -117,7 +117,7 @@ def _backward(q, k, v, g, D, scale, map, room=2**20):
         gv[h].baddbmm_(A.mT, g[h,r,:D])
     return gq, gk, gv
 
-# %% ../nbs/13_quick.ipynb #d1d6f5dd
+# %% ../nbs/13_quick.ipynb #e71cc3d3
 def _rows(t, rows):
     "`t` (B, heads, M, D) at `rows` (B, R)"
     if rows is None: return t
@@ -135,7 +135,7 @@ def _images(m, rows, room=2**20):
         part = _space(pieces, H*M, q)
         for b,r in pieces: yield b, r, _softmax_scores(q[b,:,r].flatten(0,1), m.k[b].flatten(0,1), m.scale, part(b, r).view(H, -1, M))[None]
 
-# %% ../nbs/13_quick.ipynb #ee716c0e
+# %% ../nbs/13_quick.ipynb #fb5cd083
 class _Spread(torch.autograd.Function):
     "Mean of the maps times `p`; `teach` the maps by it"
     @staticmethod
@@ -170,14 +170,14 @@ def spread(
     "Mean over layers and heads of the attention times `p` (eq. 4)"
     return _Spread.apply([m for m,_ in maps], rows, teach, p, *[t for _,t in maps])
 
-# %% ../nbs/13_quick.ipynb #5fbf1851
+# %% ../nbs/13_quick.ipynb #c5c241bb
 class QuickAttention(TorchFunctionMode):
     "A context in which attention on a CPU is made of plain products where that is faster, and its map is kept for `spread`"
     def __init__(self,
-        mb:float=None, # Memory for maps, in MB; those that do not fit are made again. Default 160 in bfloat16 and 48 in float32, where a model that nobody listens to keeps none
+        mb:float=160, # Memory for maps, in MB; those that do not fit are made again in the backward pass
     ):
         super().__init__()
-        self.rooms = {torch.bfloat16: MapRoom(160 if mb is None else mb), torch.float32: MapRoom(48 if mb is None else mb)}
+        self.room = MapRoom(mb)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -193,7 +193,7 @@ class QuickAttention(TorchFunctionMode):
     def _attend(self, q, k, v, scale):
         scale, layer = q.shape[-1]**-.5 if scale is None else scale, getattr(heard, 'layer', None)
         if not torch.is_grad_enabled(): return chunked_attention(q, k, v, scale)
-        m = AttentionMap(q, k, scale, self.rooms[q.dtype])
+        m = AttentionMap(q, k, scale, self.room)
         out, asked = _Attention.apply(q, k, v, m)
         if layer is not None: layer['map'] = m, asked
         return out

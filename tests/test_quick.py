@@ -50,7 +50,7 @@ def test_backward_twice(model):
 
 def test_memory_is_used_again_and_bounded(model):
     x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention(.2)
-    room = quick.rooms[torch.float32]
+    room = quick.room
     for n in (2, 1, 2):
         loss = loss_of(model, x[:n], y[:n], quick)
         assert 0<room.taken<=.2*2**20
@@ -103,7 +103,7 @@ def test_a_learner_uses_it(monkeypatch):
         learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
         with learn.no_logging(): learn.fit(1)
         assert len(calls)==expected
-        assert torch.overrides._get_current_function_mode_stack()==[] and not any(room.taken for room in learn.quick.attention.rooms.values())
+        assert torch.overrides._get_current_function_mode_stack()==[] and learn.quick.attention.room.taken==0
 
 
 def test_checkpointed_and_compiled_models_are_left_alone(model):
