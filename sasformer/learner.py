@@ -92,15 +92,17 @@ class Autocast(Callback):
     after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
 class Quick(Callback):
-    "The model's forward pass under `QuickAttention`, unless it is compiled or checkpointed"
+    "The model's forward pass under `QuickAttention` on a CPU, unless it is compiled or checkpointed; nothing of a step is held until the next"
     def __init__(self): self.attention, self.inside = QuickAttention(), False
     def before_batch(self):
-        self.inside = can_be_quick(self.model)
+        self.inside = next(self.model.parameters()).device.type=='cpu' and can_be_quick(self.model)
         if self.inside: self.attention.__enter__()
     def _leave(self):
         if self.inside: self.attention.__exit__(None, None, None)
         self.inside = False
     after_pred = after_cancel_batch = _leave
+    def after_batch(self):
+        if self.training: self.learn.pred, self.learn.loss, self.learn.loss_grad = (t.detach() for t in (self.pred, self.loss, self.loss_grad))
     def after_fit(self): self.attention = QuickAttention()   # the memory for maps is no longer needed
     def release(self): self._leave(); self.after_fit()
 

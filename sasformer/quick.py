@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['chunked_attention', 'MapRoom', 'AttentionMap', 'spread', 'QuickAttention', 'can_be_quick']
 
-# %% ../nbs/13_quick.ipynb #db78e240
+# %% ../nbs/13_quick.ipynb #2b347454
 import math, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from .attention import heard
 
-# %% ../nbs/13_quick.ipynb #a776f123
-def _pieces(n, N, M, room):
-    "A map (n, N, M) in pieces of at most `room` numbers: slices of heads, slices of rows"
-    rows = min(N, max(1, room//M))
-    heads = max(1, room//(M*rows))
+# %% ../nbs/13_quick.ipynb #79be9433
+def _pieces(n, N, M, most):
+    "A map (n, N, M) in pieces of at most `most` numbers: slices of heads, slices of rows"
+    rows = min(N, max(1, most//M))
+    heads = max(1, most//(M*rows))
     return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows))) for i in range(0, n, heads) for j in range(0, N, rows)]
 
 def _space(pieces, M, like):
@@ -29,37 +29,37 @@ def _scores(q, k, scale, out): return torch.baddbmm(q.new_empty(()), q, k.mT, be
 
 def _softmax_scores(q, k, scale, out): return torch.softmax(_scores(q, k, scale, out), -1, out=out)
 
-# %% ../nbs/13_quick.ipynb #54c8baa3
+# %% ../nbs/13_quick.ipynb #8a8b7d28
 def chunked_attention(
     q:Tensor,         # Queries, (B, heads, M, D)
     k:Tensor,         # Keys, (B, heads, M', D)
     v:Tensor,         # Values, (B, heads, M', D')
     scale:float=None, # Default 1/√D
     map:Tensor=None,  # Memory that gets the map, (B, heads, M, M'); None: it is forgotten piece by piece
-    room:int=2**20,   # Numbers in a piece of the map
+    most:int=2**20,   # Numbers in a piece of the map
 )->Tensor:            # (B, heads, M, D')
     "softmax(q kᵀ · scale) v from plain products, without gradients"
     scale = q.shape[-1]**-.5 if scale is None else scale
     (B,H,N,_), M = q.shape, k.shape[2]
     q, k, v = (t.flatten(0,1) for t in (q, k, v))
-    out, pieces = q.new_empty(B*H, N, v.shape[-1]), _pieces(B*H, N, M, room)
+    out, pieces = q.new_empty(B*H, N, v.shape[-1]), _pieces(B*H, N, M, most)
     part = _space(pieces, M, q) if map is None else lambda h, r: map.flatten(0,1)[h,r]
     for h,r in pieces: torch.bmm(_softmax_scores(q[h,r], k[h], scale, part(h, r)), v[h], out=out[h,r])
     return out.unflatten(0, (B,H))
 
-# %% ../nbs/13_quick.ipynb #13a57876
+# %% ../nbs/13_quick.ipynb #87dc89c5
 class MapRoom:
     "Memory for maps, used again and again, of which there is never more than `mb` megabytes"
-    def __init__(self, mb:float): self.room, self.taken, self.free = mb*2**20, 0, {}
+    def __init__(self, mb:float): self.bytes, self.taken, self.free = mb*2**20, 0, {}
 
     def take(self, shape, dtype):
         "Memory for a map, or `None` where there is none left"
         n = math.prod(shape)*dtype.itemsize
         if not self.free.get(n):
-            if self.taken+n>self.room: self._drop()
-            if self.taken+n>self.room: return None
-            self.taken += n
+            if self.taken+n>self.bytes: self._drop()
+            if self.taken+n>self.bytes: return None
             self.free[n] = [torch.empty(n, dtype=torch.uint8)]
+            self.taken += n
         return self.free[n].pop().view(dtype).view(shape)
 
     def give(self, map): self.free.setdefault(map.nbytes, []).append(map.view(-1).view(torch.uint8))
@@ -72,8 +72,8 @@ class MapRoom:
 class AttentionMap:
     "The map of one layer in one forward pass, kept or made again"
     def __init__(self, q, k, scale, room):
-        self.q, self.k, self.scale, self.room = q.detach(), k.detach(), scale, room
-        self.more = {}   # further columns of the values and the gradients to what they gave, by who asked
+        self.map, self.q, self.k, self.scale, self.room = None, q.detach(), k.detach(), scale, room
+        self.more = []   # what `spread` left: backward pass, gradient, further columns of the values
         self.map = room.take((*q.shape[:3], k.shape[2]), q.dtype)
 
     def forget(self):
@@ -81,7 +81,7 @@ class AttentionMap:
         self.map = None
     __del__ = forget
 
-# %% ../nbs/13_quick.ipynb #258fce57
+# %% ../nbs/13_quick.ipynb #d9b3d298
 class _Attention(torch.autograd.Function):
     "Attention whose map `m` others may use; they depend on the second output, so that they go backward first"
     @staticmethod
@@ -97,16 +97,17 @@ class _Attention(torch.autograd.Function):
         (q, k, v), m = ctx.saved_tensors, ctx.m
         (B,H,N,_), M, D = q.shape, k.shape[2], v.shape[-1]
         g = q.new_zeros(B, H, N, D) if g is None else g
-        for gy,p in m.more.values() if asked is not None else ():
+        for gy,p in [o for task,*o in m.more if task==torch._C._current_graph_task_id()]:
             g, v = (torch.cat([t, o[:,None].expand(-1,H,-1,-1)], -1) for t,o in ((g,gy), (v,p)))
         gradients = _backward(*(t.flatten(0,1) for t in (q, k, v, g)), D, m.scale, None if m.map is None else m.map.flatten(0,1))
         m.forget()
+        m.more.clear()
         return *(t.unflatten(0, (B,H)) for t in gradients), None
 
-def _backward(q, k, v, g, D, scale, map, room=2**20):
+def _backward(q, k, v, g, D, scale, map, most=2**20):
     "Gradients to q, k and the first `D` columns of v, all (B·heads, ·, ·)"
     gq, gk, gv, M = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v[...,:D]), k.shape[1]
-    pieces = _pieces(*q.shape[:2], M, room)
+    pieces = _pieces(*q.shape[:2], M, most)
     part, again = _space(pieces, M, q), _space(pieces, M, q) if map is None else None
     for h,r in pieces:
         A = _softmax_scores(q[h,r], k[h], scale, again(h, r)) if map is None else map[h,r]
@@ -117,7 +118,7 @@ def _backward(q, k, v, g, D, scale, map, room=2**20):
         gv[h].baddbmm_(A.mT, g[h,r,:D])
     return gq, gk, gv
 
-# %% ../nbs/13_quick.ipynb #e71cc3d3
+# %% ../nbs/13_quick.ipynb #d9107d55
 def _rows(t, rows):
     "`t` (B, heads, M, D) at `rows` (B, R)"
     if rows is None: return t
@@ -125,56 +126,56 @@ def _rows(t, rows):
     flat = M*torch.arange(B*H).view(B,H,1)+rows[:,None]
     return t.reshape(B*H*M, -1).index_select(0, flat.flatten()).view(B, H, -1, t.shape[-1])
 
-def _images(m, rows, room=2**20):
-    "The map `m` at `rows`, piece by piece: slices of images and of rows, map (images, heads, rows, M')"
+def _images(m, rows, most=2**20):
+    "The map `m` at `rows`, at once where it is kept, else piece by piece: slices of images and of rows, map (images, heads, rows, M')"
     if m.map is not None: yield slice(None), slice(None), _rows(m.map, rows)
     else:
         q, (H, M) = _rows(m.q, rows), m.k.shape[1:3]
-        pieces = _pieces(len(q), q.shape[2], H*M, room)
+        pieces = _pieces(len(q), q.shape[2], H*M, most)
         pieces = [(slice(b, b+1), r) for i,r in pieces for b in range(i.start, i.stop)]
         part = _space(pieces, H*M, q)
         for b,r in pieces: yield b, r, _softmax_scores(q[b,:,r].flatten(0,1), m.k[b].flatten(0,1), m.scale, part(b, r).view(H, -1, M))[None]
 
-# %% ../nbs/13_quick.ipynb #fb5cd083
+# %% ../nbs/13_quick.ipynb #3dbb8e71
 class _Spread(torch.autograd.Function):
-    "Mean of the maps times `p`; `teach` the maps by it"
+    "Mean of the maps times `p`; the maps whose `asked` wants a gradient are taught by it"
     @staticmethod
-    def forward(ctx, maps, rows, teach, p, *asked):
+    def forward(ctx, maps, rows, p, *asked):
         heads, N = sum(m.q.shape[1] for m in maps), maps[0].q.shape[2]
         v, y = (p.mT/heads).to(maps[0].q.dtype), p.new_zeros(len(p), p.shape[2], N if rows is None else rows.shape[1])
         for m in maps:
             for b,r,A in _images(m, rows): y[b,:,r] += torch.bmm(v[b], A.flatten(1,2).mT).unflatten(2, A.shape[1:3]).sum(2, dtype=y.dtype)
-        ctx.maps, ctx.rows, ctx.teach, ctx.heads, ctx.N, ctx.p = maps, rows, teach, heads, N, p.to(v.dtype)
+        ctx.maps, ctx.rows, ctx.heads, ctx.N, ctx.p = maps, rows, heads, N, p.detach().to(v.dtype)
         return y.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
         g, gp = (gy.mT/ctx.heads).to(ctx.p.dtype), None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             gp = gy.new_zeros(ctx.p.mT.shape)
             for m in ctx.maps:
                 for b,r,A in _images(m, ctx.rows): gp[b] += torch.bmm(g[b,:,None,r].expand(-1,-1,A.shape[1],-1).flatten(2), A.flatten(1,2))
             gp = gp.mT
         if ctx.rows is not None: g = g.new_zeros(*g.shape[:2], ctx.N).scatter_(2, ctx.rows[:,None].expand_as(g), g)
-        if ctx.teach:
-            for m in ctx.maps: m.more[id(ctx)] = g.mT, ctx.p
-        return None, None, None, gp, *[g.new_zeros(()) if ctx.teach else None for _ in ctx.maps]
+        for m,wanted in zip(ctx.maps, ctx.needs_input_grad[3:]):
+            if wanted: m.more.append((torch._C._current_graph_task_id(), g.mT, ctx.p))
+        return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
 def spread(
     maps:list,        # `QK.map` of the layers of a block
     p:Tensor,         # Class scores at the keys, (B, M', C)
     rows:Tensor=None, # Positions, (B, R), each at most once; None: all
     teach:bool=True,  # Does the attention get a gradient?
-)->Tensor:            # Spread scores, (B, R, C), in the precision of the queries
+)->Tensor:            # Spread scores, (B, R, C), computed in the precision of the queries
     "Mean over layers and heads of the attention times `p` (eq. 4)"
-    return _Spread.apply([m for m,_ in maps], rows, teach, p, *[t for _,t in maps])
+    return _Spread.apply([m for m,_ in maps], rows, p, *[asked if teach else asked.detach() for _,asked in maps])
 
-# %% ../nbs/13_quick.ipynb #c5c241bb
+# %% ../nbs/13_quick.ipynb #52431330
 class QuickAttention(TorchFunctionMode):
     "A context in which attention on a CPU is made of plain products where that is faster, and its map is kept for `spread`"
     def __init__(self,
-        mb:float=160, # Memory for maps, in MB; those that do not fit are made again in the backward pass
+        mb:float=160, # Memory for maps that are kept, in MB; those that do not fit are made again in the backward pass
     ):
         super().__init__()
         self.room = MapRoom(mb)
@@ -186,7 +187,7 @@ class QuickAttention(TorchFunctionMode):
 
     def _takes(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or torch.compiler.is_compiling(): return False
-        plain = q.device.type=='cpu' and q.dim()==4 and q.shape[:2]==k.shape[:2]==v.shape[:2] and q.dtype==k.dtype==v.dtype
+        plain = q.device.type=='cpu' and q.dim()==4 and q.numel()>0 and k.numel()>0 and q.shape[:2]==k.shape[:2]==v.shape[:2] and q.dtype==k.dtype==v.dtype
         heard_in_float32 = getattr(heard, 'layer', None) is not None and torch.is_grad_enabled() and q.dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
         return plain and (q.dtype==torch.bfloat16 or heard_in_float32)
 
@@ -199,5 +200,5 @@ class QuickAttention(TorchFunctionMode):
         return out
 
 def can_be_quick(model)->bool:
-    "Is `model` neither compiled nor checkpointed?"
+    "Is `model` neither compiled nor checkpointed by timm?"
     return not any(getattr(m, 'grad_checkpointing', False) or hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules())

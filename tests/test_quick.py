@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from sasformer.affinity import Form, affinity_loss, combine
 from sasformer.annotations import UNLABELLED
 from sasformer.attention import AttentionTap, attention_map, heard
-from sasformer.quick import QuickAttention, can_be_quick
+from sasformer.quick import AttentionMap, QuickAttention, can_be_quick
 from sasformer.segmenters import create_segmenter
 
 
@@ -88,7 +88,7 @@ def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
 
 
 def test_a_learner_uses_it(monkeypatch):
-    "In training, with the affinity loss and without; the context is left, and the memory given up"
+    "In training, with the affinity loss and without; the context is left"
     from sasformer import quick
     from sasformer.affinity import AffinityLoss
     from sasformer.data import sparse_dataloaders
@@ -103,7 +103,30 @@ def test_a_learner_uses_it(monkeypatch):
         learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
         with learn.no_logging(): learn.fit(1)
         assert len(calls)==expected
-        assert torch.overrides._get_current_function_mode_stack()==[] and learn.quick.attention.room.taken==0
+        assert torch.overrides._get_current_function_mode_stack()==[]
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('frozen', [False, True])
+def test_nothing_is_held_after_a_step(precision, frozen):
+    "No map is alive when the next forward pass begins"
+    from fastai.callback.core import Callback
+    from sasformer.affinity import AffinityLoss
+    from sasformer.data import sparse_dataloaders
+    from sasformer.datasets import get_source
+    from sasformer.learner import sparse_learner
+    alive = []
+    class Look(Callback):
+        def before_batch(self):
+            gc.collect()
+            alive.append(sum(isinstance(o, AttentionMap) for o in gc.get_objects()))
+        def after_pred(self): alive.append(sum(isinstance(o, AttentionMap) for o in gc.get_objects()))
+    dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
+    dls.train.n = 6
+    learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), precision=precision, cbs=Look(), validate_every=2)
+    for p in learn.model.backbone.parameters(): p.requires_grad_(not frozen)
+    with learn.no_logging(): learn.fit(1)
+    assert alive[:6]==[0, 8]*3
 
 
 def test_checkpointed_and_compiled_models_are_left_alone(model):
