@@ -25,9 +25,10 @@ def _space(pieces, M, like):
     space = like.new_empty(max(math.prod(shape(*p)) for p in pieces))
     return lambda h, r: space[:math.prod(shape(h, r))].view(shape(h, r))
 
-def _scores(q, k, scale, out): return torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale, out=out)
-
-def _softmax_scores(q, k, scale, out): return torch.softmax(_scores(q, k, scale, out), -1, out=out)
+def _softmax_scores(q, k, scale, out):
+    "softmax(q kᵀ · scale) of (n, r, D) and (n, M, D), in `out`"
+    torch.baddbmm(q.new_empty(()), q, k.mT, beta=0, alpha=scale, out=out)
+    return torch.softmax(out, -1, out=out)
 
 # %% ../nbs/13_quick.ipynb #8a8b7d28
 def chunked_attention(
