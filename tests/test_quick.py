@@ -1,5 +1,5 @@
 "Attention from plain products: what it takes, its memory, and the affinity loss along the maps it keeps"
-import gc, pytest, torch
+import gc, pytest, torch, weakref
 from torch.nn import functional as F
 from sasformer.affinity import Form, affinity_loss, combine
 from sasformer.annotations import UNLABELLED
@@ -92,11 +92,11 @@ def test_a_learner_uses_it(monkeypatch):
     from sasformer import quick
     from sasformer.affinity import AffinityLoss
     from sasformer.data import sparse_dataloaders
-    from sasformer.datasets import get_source
+    from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
     calls, plain = [], quick._backward
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
-    dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
     dls.train.n = 2
     for precision,method,expected in (('fp32',None,0), ('fp32',AffinityLoss(),8), ('bf16',None,8), ('bf16',AffinityLoss(),8)):
         calls.clear()
@@ -108,20 +108,21 @@ def test_a_learner_uses_it(monkeypatch):
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 @pytest.mark.parametrize('frozen', [False, True])
-def test_nothing_is_held_after_a_step(precision, frozen):
+def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
     "No map is alive when the next forward pass begins"
     from fastai.callback.core import Callback
     from sasformer.affinity import AffinityLoss
     from sasformer.data import sparse_dataloaders
-    from sasformer.datasets import get_source
+    from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
-    alive = []
+    alive, maps, init = [], weakref.WeakSet(), AttentionMap.__init__
+    monkeypatch.setattr(AttentionMap, '__init__', lambda self, *a: maps.add(self) or init(self, *a))
     class Look(Callback):
         def before_batch(self):
             gc.collect()
-            alive.append(sum(isinstance(o, AttentionMap) for o in gc.get_objects()))
-        def after_pred(self): alive.append(sum(isinstance(o, AttentionMap) for o in gc.get_objects()))
-    dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
+            alive.append(len(maps))
+        def after_pred(self): alive.append(len(maps))
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
     dls.train.n = 6
     learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), precision=precision, cbs=Look(), validate_every=2)
     for p in learn.model.backbone.parameters(): p.requires_grad_(not frozen)
