@@ -19,7 +19,7 @@ from .data import ToModel, sparse_dataloaders
 from .datasets import get_source, open_image, scenes
 from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales, predict_folder, predict_logits
 from .learner import OPTIMISERS, environment, partial_cross_entropy, peak_memory, write_json
-from .quick import QuickAttention
+from .quick import QuickAttention, keep_freed_memory
 from .segmenters import create_segmenter
 
 # %% ../nbs/66_bench.ipynb #39d11212
@@ -84,7 +84,7 @@ def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
 
-LOSSES = dict(bare=None, fused=None, affinity={}, propagate=dict(propagate=propagate), maps=dict(propagate=maps), sampled=dict(form=Form(share=.25)))
+LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagate=propagate), maps=dict(propagate=maps), sampled=dict(form=Form(share=.25)))
 
 def _fold(y, classes): return (y%classes).where(y<PADDING, y)   # the scenes' classes, in a model with fewer
 
@@ -96,6 +96,7 @@ class Step:
         fmt = torch.channels_last if o.channels_last else torch.contiguous_format
         self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride).to(self.device, memory_format=fmt)
         self.tap, self.fmt, self.quick = AttentionTap(self.model), fmt, QuickAttention()
+        self.compiled = torch.compile(self.model)   # nothing is compiled before it is called
         self.opt = OPTIMISERS['sgd'](self.model.parameters(), lr=1e-3)
         src = scenes(n_train=o.batch, n_val=1, size=o.size)
         self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device, scales=(1.,1.5)).train
@@ -108,10 +109,10 @@ class Step:
     def __call__(self, variant, batch):
         "One step; seconds by stage"
         o, loss, clock, (x, y) = self.o, LOSSES[variant], [time.perf_counter()], batch
-        stock = variant=='fused' or (variant in ('propagate','maps') and o.precision=='fp32')
+        stock = variant in ('fused','compiled') or (variant in ('propagate','maps') and o.precision=='fp32')
         def tick(): self.sync(); clock.append(time.perf_counter())
         if loss is not None: self.tap.on()
-        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = self.model(x)
+        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = (self.compiled if variant=='compiled' else self.model)(x)
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
@@ -158,7 +159,7 @@ def _step_memory(o, step, name, batch):
         step(name, batch)
         return torch.cuda.max_memory_allocated()/2**20
     flags = [f for k in ('model','size','batch','classes','precision','device','threads','last_stride') for f in (f'--{k}', getattr(o, k))]
-    return fresh_peak(['step', *flags, '--channels_last' if o.channels_last else '--no-channels_last', '--memory_of', name])
+    return fresh_peak(['step', *flags, *(f'--{"" if getattr(o, k) else "no-"}{k}' for k in ('channels_last','keep_memory')), '--memory_of', name])
 
 # %% ../nbs/66_bench.ipynb #4d94910c
 def bench_loader(o)->dict:
@@ -360,6 +361,7 @@ def bench_parser():
         c = commands.add_parser(name, help=f.__doc__, description=f.__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.set_defaults(run=f)
         c.add_argument('--out', type=Path, metavar='FILE', help="Result file (JSON)")
+        c.add_argument('--keep_memory', action=argparse.BooleanOptionalAction, default=True, help="Keep freed memory, as sasformer_train does")
         c.add_argument('--threads', type=int, default=os.cpu_count(), help="Threads of the CPU")
         if images:
             c.add_argument('--data', default='scenes', help="Data set: scenes, camvid …")
@@ -381,7 +383,7 @@ def bench_parser():
             c.add_argument('--memory_of', help=argparse.SUPPRESS)
         return c
     c = command('step', bench_step, steps=20, size=256, batch=8)
-    c.add_argument('--variants', nargs='+', choices=tuple(LOSSES), default=tuple(LOSSES), help="Which; the first is the base of the ratios")
+    c.add_argument('--variants', nargs='+', choices=tuple(LOSSES), default=tuple(n for n in LOSSES if n!='compiled'), help="Which; the first is the base of the ratios; on a CPU, 'compiled' needs a C++ compiler")
     c = command('loader', bench_loader, images=96, repeats=3)
     c.add_argument('--annotation', default='scribble', help="Training labels")
     command('predict', bench_predict, images=24, repeats=5, last_stride=2)
@@ -405,6 +407,7 @@ def main(args=None):
     p = bench_parser()
     o = p.parse_args(args)
     torch.set_num_threads(o.threads)
+    if o.keep_memory: keep_freed_memory()
     settings = {k: str(v) if isinstance(v, Path) else v for k,v in vars(o).items() if k not in ('run','out','path','weights','memory_of')}
     try: result = o.run(o)
     except (ValueError, OSError, RuntimeError) as e: p.exit(1, f'{p.prog} {o.command}: error: {e}\n')

@@ -229,7 +229,7 @@ class ToModel(DisplayedTransform):
     def _stats(self, x): return (torch.tensor(s, device=x.device).view(1,3,1,1)*255 for s in (self.mean, self.std))
     def encodes(self, x:TensorImage):
         mean, std = self._stats(x)
-        return (x.float()-mean)/std
+        return x.sub(mean).div_(std)
     def decodes(self, x:TensorImage):
         mean, std = self._stats(x)
         return (x*std+mean).round().clamp(0, 255)

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from .evaluate import PRECISIONS, inference_options, open_model, where
 from .inference import predict_folder
+from .quick import keep_freed_memory
 
 # %% ../nbs/62_predict.ipynb #66ad8b84
 def share(s):
@@ -39,6 +40,7 @@ def main(args=None):
     "Command line of `sasformer_predict`"
     p = predict_parser()
     o = p.parse_args(args)
+    keep_freed_memory()
     try:
         if not o.images.exists(): raise FileNotFoundError(f"{o.images}: no such image or folder")
         model = open_model(o.model, where(o.device))

@@ -15,6 +15,7 @@ from .recipes import Recipe, RECIPES, recipe
 from .learner import write_json, environment
 from .annotations import replacing
 from .data import show_rows
+from .quick import keep_freed_memory
 
 # %% ../nbs/60_train.ipynb #64f69797
 def _truth(s):
@@ -78,7 +79,8 @@ def example_sheet(
 
 # %% ../nbs/60_train.ipynb #6c0a9ccb
 def start_processes(device=None):
-    "Connect the processes that a launcher has started; the number of them"
+    "Connect the processes that a launcher has started, and keep their freed memory; the number of them"
+    keep_freed_memory()
     n = max(1, num_distrib())
     if n>1:
         from accelerate import PartialState

@@ -109,9 +109,9 @@ def test_tap_is_empty_before_the_backward_pass():
     assert seen == [(0, 4)]   # four terms were computed, and nothing is held
 
 
-@pytest.mark.parametrize('size', [(64,64), (37,51), (23,30), (7,300)])
-def test_counted_rows_are_the_nearest(size):
-    target = torch.where(torch.rand(2,251,333)<.3, 7, UNLABELLED)
+@pytest.mark.parametrize('shape,size', [((251,333), (64,64)), ((251,333), (37,51)), ((251,333), (7,300)), ((256,320), (64,80)), ((256,320), (32,300))])
+def test_counted_rows_are_the_nearest(shape, size):
+    target = torch.where(torch.rand(2, *shape)<.3, 7, UNLABELLED)
     target[:,100:] = PADDING
     nearest = F.interpolate(target[:,None].float(), size, mode='nearest').flatten(1)
     assert torch.equal(counted_rows(target, size, 'unlabelled'), nearest==UNLABELLED)
