@@ -56,7 +56,7 @@ class Form:
         for name in ('blocks','detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
-        if not 0<self.share<=1 or abs(1/self.share-round(1/self.share))>.01: raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        if not 0<self.share<=1 or abs(self.share*round(1/self.share)-1)>.02: raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")

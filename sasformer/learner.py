@@ -328,7 +328,7 @@ def environment()->dict:
     cpu = next((l.split(':',1)[1].strip() for l in (Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else [])
                 if l.startswith('model name')), platform.processor())
     import timm, fastai
-    return dict(commit=run('git','rev-parse','--short','HEAD')+('+changes' if run('git','status','--porcelain','--untracked-files=no') else ''),
+    return dict(commit=run('git','rev-parse','--short','HEAD')+('+changes' if run('git','status','--porcelain','--untracked-files=no','--',':(top)',':(top,exclude)results') else ''),
                 machine=f"{cpu}, {os.cpu_count()} cores", gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
 

@@ -40,7 +40,7 @@ class Recipe:
     detach:str|None = None           # What is held fixed, letters of A, V, P ('' nothing); None: the form's
     start:float = 0.                 # Share of the training before the affinity loss comes in
     alpha_warmup:float = 0.          # Share of the training over which its weight rises
-    share:float = 1.                 # Share of the positions that the affinity loss draws in each step; 1: all
+    share:float = 1.                 # Share of the positions that the affinity loss takes in each step, 1/2, 1/3, …; 1: all
     tree_weight:float = .4           # Weight of the tree energy loss
     sigma:float = .02                # Scale of its affinities on the image's tree
     trees:str = 'low,high'           # Its trees: low (of the image), high (of the features) or both
