@@ -69,6 +69,7 @@ def test_what_it_passes_on(dtype, monkeypatch):
         for kw in (dict(is_causal=True), dict(attn_mask=mask), dict(dropout_p=.1)): F.scaled_dot_product_attention(q, q, q, **kw)
         F.scaled_dot_product_attention(q, q, q, mask)
         F.scaled_dot_product_attention(q[0], q[0], q[0])
+        F.scaled_dot_product_attention(q[:0], q[:0], q[:0])   # an empty batch
         F.scaled_dot_product_attention(q, q[:,:1].expand(-1,2,-1,-1)[:,:1], q[:,:1], enable_gqa=True)
         assert not taken
         F.scaled_dot_product_attention(q, q, q, dropout_p=0., scale=.5)
