@@ -47,7 +47,7 @@ class Form:
     distance:str = 'L1'             # 'L1', 'L2', 'KL' or 'CE'
     temperature:float = 1.          # Of the attention: its scores are divided by it, so below 1 it is sharper than the network's own
     detach:tuple = ()               # What is held fixed, of 'A' (attention), 'V' (propagated scores P'), 'P' (prediction)
-    share:float = 1.                # Every how many positions is one drawn, at random in every step and block? 1/2, 1/3, …; 1: all of them
+    share:float = 1.                # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
 
     def __post_init__(self):
         for name,value,allowed in (('scores', self.scores, ('logits','probabilities')), ('rows', self.rows, ('unlabelled','all')),
@@ -56,7 +56,7 @@ class Form:
         for name in ('blocks','detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
-        if not 0<self.share<=1 or abs(self.share*round(1/self.share)-1)>.02: raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        if not 0<self.share<=1 or abs(self.share*(n:=round(1/self.share))-1)>.011 or n==1!=self.share: raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")

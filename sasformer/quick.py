@@ -16,14 +16,14 @@ from .attention import heard
 # %% ../nbs/13_quick.ipynb #79be9433
 def _pieces(n, N, M, most):
     "A map (n, N, M) in pieces of at most `most` numbers: slices of heads, slices of rows"
-    rows = min(N, max(1, most//M))
+    rows = max(1, min(N, most//M))
     heads = max(1, most//(M*rows))
     return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows))) for i in range(0, n, heads) for j in range(0, N, rows)]
 
 def _space(pieces, M, like):
     "Memory for the largest of `pieces`, as a function that gives the part for one of them"
     shape = lambda h, r: (h.stop-h.start, r.stop-r.start, M)
-    space = like.new_empty(max(math.prod(shape(*p)) for p in pieces))
+    space = like.new_empty(max((math.prod(shape(*p)) for p in pieces), default=0))
     return lambda h, r: space[:math.prod(shape(h, r))].view(shape(h, r))
 
 def _softmax_scores(q, k, scale, out):
@@ -81,6 +81,7 @@ class MapRoom:
 
 class Loan:
     "Memory of a `room` for one map, given back when it is forgotten; `map` is `None` where there was none"
+    map = None
     def __init__(self, room, shape, dtype): self.room, self.map = room, room.take(shape, dtype)
 
     def forget(self):
@@ -133,24 +134,20 @@ def _backward(q, k, v, g, D, scale, map, most=2**20):
     return gq, gk, gv
 
 # %% ../nbs/13_quick.ipynb #d9107d55
-def _add_up(out, A, first):
-    "Add the heads of `A` (B, heads, M, M') to `out` (B, M, M')"
-    for i,head in enumerate(A.unbind(1)): out.copy_(head) if first and i==0 else out.add_(head)
-
 def _sums(maps, every, out=None, most=2**20):
-    "The sum of `maps` over layers and heads at positions `every`, piece by piece: slices of images and of rows, map (images, rows, M'). All of it gets into `out`"
-    qs = [m.q[:,:,every] for m in maps]
+    "The sum of `maps` over layers and heads at positions `every`, added up in float32, piece by piece: slices of images and of rows, map (images, rows, M'). All of it gets into `out`"
+    qs, kept = [m.q[:,:,every] for m in maps], all(m.map is not None for m in maps)
     (B, H, N, _), M = qs[0].shape, maps[0].k.shape[2]
-    at_once = out is not None and all(m.map is not None for m in maps)
-    pieces = [(slice(0, B), slice(0, N))] if at_once else _pieces(B, N, H*M, most)
-    total = _space(pieces, M, qs[0]) if out is None else lambda b, r: out[b,r]
-    part = None if at_once else _space(pieces, H*M, qs[0])
+    pieces = _pieces(B, N, M if kept else H*M, most)
+    space, part = _space(pieces, M, qs[0].new_empty(0, dtype=torch.float32)), None if kept else _space(pieces, H*M, qs[0])
     for b,r in pieces:
-        for i,(m,q) in enumerate(zip(maps, qs)):
+        total = space(b, r).zero_()
+        for m,q in zip(maps, qs):
             if m.map is not None: A = m.map[b,:,every][:,:,r]
             else: A = _softmax_scores(q[b,:,r].flatten(0,1), m.k[b].flatten(0,1), m.scale, part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1,H))
-            _add_up(total(b, r), A, i==0)
-        yield b, r, total(b, r)
+            for head in A.unbind(1): total += head
+        if out is None: yield b, r, total.to(qs[0].dtype)
+        else: yield b, r, out[b,r].copy_(total)
 
 # %% ../nbs/13_quick.ipynb #3dbb8e71
 class _Spread(torch.autograd.Function):
@@ -161,6 +158,7 @@ class _Spread(torch.autograd.Function):
         v = (p/heads).to(maps[0].q.dtype)
         ctx.sum, y = Loan(maps[0].room, (B, N, p.shape[1]), v.dtype), v.new_empty(B, N, p.shape[2])
         for b,r,A in _sums(maps, every, ctx.sum.map): y[b,r] = torch.bmm(A, v[b])
+        if not ctx.needs_input_grad[2]: ctx.sum.forget()
         ctx.maps, ctx.every, ctx.heads, ctx.p = maps, every, heads, p.detach().to(v.dtype)
         return y.to(p.dtype)
 
@@ -174,10 +172,10 @@ class _Spread(torch.autograd.Function):
             for b,r,A in sums: gp[b] += torch.bmm(g[b,r].mT, A)   # the narrow side first is faster
             gp = gp.mT
         ctx.sum.forget()
-        full = g.new_zeros(len(g), ctx.maps[0].q.shape[2], g.shape[2])
-        full[:,ctx.every] = g
-        for m,wanted in zip(ctx.maps, ctx.needs_input_grad[3:]):
-            if wanted: m.more.append((torch._C._current_graph_task_id(), full, ctx.p))
+        if any(ctx.needs_input_grad[3:]):
+            full = g.new_zeros(len(g), ctx.maps[0].q.shape[2], g.shape[2])
+            full[:,ctx.every] = g
+            for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), full, ctx.p))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
 def spread(
