@@ -56,7 +56,8 @@ class Form:
         for name in ('blocks','detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
-        if not 0<self.share<=1 or abs(self.share*(n:=round(1/self.share))-1)>.011 or n==1!=self.share: raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        n = round(1/self.share) if self.share>0 else 0
+        if self.share!=1 and (n<2 or abs(n*self.share-1)>.011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
@@ -88,11 +89,10 @@ def counted_rows(
         t = target[:,y[:,None],x].flatten(1)
     return t==UNLABELLED if rows=='unlabelled' else t!=PADDING
 
-def _resized(logits, scores, size):
-    "Scores at `size`, (B, M, C): logits or probabilities"
-    x = logits if scores=='logits' else logits.softmax(1)
-    if x.shape[-2:]!=size: x = F.interpolate(x, size, mode='bilinear', align_corners=False)
-    return x.movedim(1,-1).flatten(1,2)
+def _resized(scores, size):
+    "`scores` (B, C, h, w), logits or probabilities, at `size`, (B, M, C)"
+    if scores.shape[-2:]!=size: scores = F.interpolate(scores, size, mode='bilinear', align_corners=False)
+    return scores.movedim(1,-1).flatten(1,2)
 
 # %% ../nbs/20_affinity.ipynb #9aea8f25
 def draw_every(
@@ -140,7 +140,8 @@ def affinity_loss(
     if missing := [b for b in chosen if b-1 not in blocks]:
         raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, not {missing}")
     with torch.autocast(logits.device.type, enabled=False):
-        resized = functools.cache(partial(_resized, logits.float(), form.scores))   # blocks share sizes
+        scores = logits.float() if form.scores=='logits' else logits.float().softmax(1)
+        resized = functools.cache(partial(_resized, scores))   # blocks share sizes
         sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagate) for b in chosen], max(1, num_distrib())
         return {b: t*processes/global_sum(n).clamp_min(1) for b,(t,n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
 

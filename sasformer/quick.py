@@ -173,9 +173,9 @@ class _Spread(torch.autograd.Function):
             gp = gp.mT
         ctx.sum.forget()
         if any(ctx.needs_input_grad[3:]):
-            full = g.new_zeros(len(g), ctx.maps[0].q.shape[2], g.shape[2])
-            full[:,ctx.every] = g
-            for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), full, ctx.p))
+            n = ctx.maps[0].q.shape[2]
+            if g.shape[1]<n: g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.every.start, ctx.every.stop, ctx.every.step)
+            for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.p))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
 def spread(

@@ -78,3 +78,15 @@ def test_help(capsys):
     for command in ('step', 'loader', 'predict', 'evaluate', 'naive', 'tree'):
         with pytest.raises(SystemExit) as e: bench_parser().parse_args([command, '--help'])
         assert e.value.code==0 and '--out' in capsys.readouterr().out
+
+
+def test_the_programs_keep_freed_memory(monkeypatch, tmp_path):
+    "sasformer_train and _eval where they start their processes, sasformer_predict, and sasformer_bench unless told not to"
+    from sasformer import bench, predict, train
+    asked = []
+    for m in (bench, predict, train): monkeypatch.setattr(m, 'keep_freed_memory', lambda m=m: asked.append(m))
+    train.start_processes('cpu')
+    with pytest.raises(SystemExit): predict.main([str(tmp_path), str(tmp_path/'none'), '--out', str(tmp_path/'out')])
+    for flag in ([], ['--no-keep_memory']):
+        with pytest.raises(SystemExit): bench.main(['loader', '--data', 'camvid', '--path', 'nowhere', '--threads', str(torch.get_num_threads()), *flag])
+    assert asked==[train, predict, bench]
