@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['UNLABELLED', 'PADDING', 'VOC_CLASSES', 'SCRIBBLE_TAGS', 'AnnotationError', 'check_label_map', 'voc_palette',
-           'read_label_map', 'replacing', 'write_label_map', 'Point', 'Line', 'draw_points', 'draw_lines', 'PointFile',
-           'ScribbleXML', 'image_seed', 'image_tags', 'simulate_points', 'centre_line', 'simulate_scribbles',
-           'simulate_blocks', 'parse_annotation', 'simulate', 'LabelStatistics', 'label_statistics']
+           'read_label_map', 'replacing', 'write_json', 'write_label_map', 'Point', 'Line', 'draw_points', 'draw_lines',
+           'PointFile', 'ScribbleXML', 'image_seed', 'image_tags', 'simulate_points', 'centre_line',
+           'simulate_scribbles', 'simulate_blocks', 'parse_annotation', 'simulate', 'LabelStatistics',
+           'label_statistics']
 
 # %% ../nbs/00_annotations.ipynb #3a9bbc1b
 import contextlib, hashlib, inspect, json, math, os, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 from fastcore.basics import patch
 from PIL import Image
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
-from skimage import draw, measure, morphology
 
 # %% ../nbs/00_annotations.ipynb #8071090f
 UNLABELLED = 255  # the pixel has a class, but nobody has said which
@@ -103,6 +101,13 @@ def replacing(
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
 
+def write_json(
+    path,  # File to write
+    data,  # What JSON can hold
+):
+    "Write `data` as JSON, replacing the file in one step"
+    with replacing(path) as unfinished: unfinished.write_text(json.dumps(data, indent=1)+'\n', encoding='utf-8')
+
 def write_label_map(
     path,         # Where to; an existing file is replaced, in one step
     label_map,    # Label map, (H, W)
@@ -181,6 +186,7 @@ def draw_lines(
     name='lines',     # What an error calls them
 )->np.ndarray:        # Label map, (H, W) uint8
     "Draw polylines with round joints and ends on an unlabelled map"
+    from skimage import draw
     label_map = np.full(shape, UNLABELLED, np.uint8)
     for cls,xy in lines:
         xy = _pixels(xy, shape, outside, name)
@@ -358,6 +364,8 @@ def image_tags(
 # %% ../nbs/00_annotations.ipynb #76a686a2
 def _regions(mask, per, min_area):
     "Yield (class id, crop, region in the crop) of every annotated component, or class, of a dense mask"
+    from scipy import ndimage    # imported where they are used, so that a program is quick to say what it takes
+    from skimage import measure
     if per not in ('component', 'class'): raise AnnotationError(f"per={per!r}: expected 'component' or 'class'")
     if not 0 <= min_area < 1: raise AnnotationError(f'min_area={min_area}: expected a share of the image, at least 0, below 1')
     ids = mask.astype(int) + 1
@@ -388,6 +396,7 @@ def simulate_points(
     min_area=0.0005, # Smallest component (or class) that gets a point, as a share of the image
 )->np.ndarray:       # Label map, (H, W) uint8
     "Clicks: one pixel per region, anywhere at least half as deep inside as the region's deepest pixel"
+    from scipy import ndimage
     mask,rng = check_label_map(mask, name='mask'),np.random.default_rng(seed)
     label_map = _unlabelled(mask)
     _disc(diameter)
@@ -401,6 +410,8 @@ def simulate_points(
 # %% ../nbs/00_annotations.ipynb #901d2db1
 def _longest_path(skeleton):
     "Pixels (N, 2) of the longest shortest path through a skeleton, found by walking to the far end twice"
+    from scipy import sparse
+    from scipy.sparse import csgraph
     pixels = np.argwhere(skeleton)
     number = np.full(np.add(skeleton.shape, 2), -1)
     number[1:-1, 1:-1][skeleton] = np.arange(len(pixels))
@@ -434,6 +445,8 @@ def centre_line(
     smoothness=25,  # Longest window of the moving average, in pixels
 )->np.ndarray:      # Neighbouring pixels (row, column), (N, 2), all inside the region
     "The line an annotator would draw: the longest path through the skeleton, smoothed as far as it stays inside"
+    from scipy import ndimage
+    from skimage import morphology
     if not np.any(region): raise AnnotationError('an empty region has no centre line')
     path = _longest_path(morphology.skeletonize(region))
     if len(path) < 1.4*math.sqrt(np.count_nonzero(region)/math.pi):  # as short as only that of a round thing can be
@@ -544,8 +557,8 @@ def simulate(
 @dataclass
 class LabelStatistics:
     "What a data set's sparse labels hold; made by `label_statistics`"
-    per_image:pd.DataFrame  # A row per image: pixels (without padding), labelled pixels, their share, classes, missing classes
-    per_class:pd.DataFrame  # A row per class: labelled pixels, their share of all labels, images with a label; with dense masks more
+    per_image:object  # Data frame, a row per image: pixels (without padding), labelled pixels, their share, classes, missing classes
+    per_class:object  # Data frame, a row per class: labelled pixels, their share of all labels, images with a label; with dense masks more
     missing:list            # (image's position, class id) of every class that an image contains and does not label
 
     @property
@@ -559,6 +572,7 @@ def label_statistics(
     classes,  # Names of the classes, in the order of their ids
 )->LabelStatistics:
     "Count what is labelled, and, where dense masks are given, what is not"
+    import pandas as pd
     n,rows,sparse_counts,dense_counts,wrong = len(classes),[],[],[],np.zeros(len(classes), int)
     for i,(labels,mask) in enumerate(pairs):
         labels = check_label_map(labels, n, name=f'image {i}')

@@ -16,7 +16,9 @@ from torch import nn, Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.all import *
 from fastai.vision.all import Callback, imagenet_stats, num_distrib
+from dataclasses import dataclass
 from .annotations import UNLABELLED
+from .methods import Method, not_negative, positive, register_method
 from .data import global_sum
 from .segmenters import decoders
 from concurrent.futures import ThreadPoolExecutor   # last: fastcore has another of this name
