@@ -16,7 +16,8 @@ from .affinity import Form, affinity_loss, combine, propagate
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
 from .data import ToModel, sparse_dataloaders
-from .datasets import get_source, open_image, scenes
+from .benchmarks import get_source
+from .datasets import open_image, scenes
 from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales, predict_folder, predict_logits
 from .learner import OPTIMISERS, environment, partial_cross_entropy, peak_memory, write_json
 from .quick import QuickAttention, keep_freed_memory

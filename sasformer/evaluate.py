@@ -11,7 +11,7 @@ import argparse, json, math, time
 from pathlib import Path
 import torch
 from fastai.vision.all import rank_distrib, num_distrib
-from .datasets import SOURCES, get_source
+from .benchmarks import SOURCES, get_source
 from .inference import evaluate, paper_scales
 from .learner import load_segmenter, write_json, environment
 from .train import start_processes

@@ -12,7 +12,8 @@ from pathlib import Path
 from fastprogress.fastprogress import progress_bar
 from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, label_statistics, parse_annotation, read_label_map,
                                    replacing, simulate, write_label_map)
-from .datasets import SOURCES, Source, get_source, _class_names, _listing
+from .benchmarks import SOURCES, get_source
+from .datasets import Source, _class_names, _listing
 
 # %% ../nbs/63_labels.ipynb #2588e6cb
 def free_to_write(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from fastcore.all import *
 from .annotations import parse_annotation
-from .datasets import get_source, SOURCES
+from .benchmarks import get_source, SOURCES
 from .data import sparse_dataloaders
 from .attention import AttentionTap
 from .affinity import AffinityLoss, Form, FORMS

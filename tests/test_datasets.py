@@ -1,4 +1,4 @@
-"Layouts, odd files and failing servers: what `nbs/01_datasets.ipynb` does not show"
+"Layouts, odd files and failing servers: what the notebooks of datasets, benchmarks and downloads do not show"
 import hashlib,io,os,pickle,shutil,subprocess,sys,tarfile,threading,zipfile
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler,ThreadingHTTPServer
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sasformer import datasets
+from sasformer import benchmarks, datasets, downloads
 from sasformer.annotations import AnnotationError,write_label_map
-from sasformer.datasets import (DownloadError,LayoutError,Source,ade20k,camvid,cityscapes,download,download_cli,extract,folder,open_image,
-                                scenes,voc2012)
+from sasformer.benchmarks import ade20k, camvid, cityscapes, voc2012
+from sasformer.datasets import LayoutError, Source, folder, open_image, scenes
+from sasformer.downloads import DownloadError, download, download_cli, extract
 
 BODY = np.random.default_rng(0).bytes(300_000)
 SHA = 'sha256:'+hashlib.sha256(BODY).hexdigest()
@@ -184,7 +185,7 @@ def test_cli_fetches_unpacks_and_checks(server, tmp_path, monkeypatch, capsys):
     scenes(tmp_path/'made/camvid', 2, 1, size=32)
     shutil.make_archive(tmp_path/'set', 'gztar', tmp_path/'made')
     server.body = (tmp_path/'set.tar.gz').read_bytes()
-    monkeypatch.setitem(datasets.DOWNLOADS, 'camvid', datasets.Archive(server.url, 'md5:'+hashlib.md5(server.body).hexdigest(), None, 'none'))
+    monkeypatch.setitem(downloads.DOWNLOADS, 'camvid', downloads.Archive(server.url, 'md5:'+hashlib.md5(server.body).hexdigest(), None, 'none'))
     download_cli('download', 'camvid', path=str(tmp_path/'got'))
     assert [o.name for o in (tmp_path/'got').iterdir()]==['camvid']
     download_cli('check', 'camvid', path=str(tmp_path/'got/camvid'), read=True)
@@ -193,8 +194,25 @@ def test_cli_fetches_unpacks_and_checks(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='no such folder; expected'): download_cli('check', 'voc2012', path=str(tmp_path))
 
 def test_cli_as_a_program():
-    r = subprocess.run([sys.executable, '-m', 'sasformer.datasets', 'list'], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'sasformer.downloads', 'list'], capture_output=True, text=True)
     assert r.returncode==0 and 'voc2012' in r.stdout and 'by hand' in r.stdout
+
+@pytest.mark.parametrize('module', ['datasets', 'benchmarks', 'downloads'])
+def test_modules_need_no_torch(module):
+    code = f"import sys, sasformer.{module}; print('torch' in sys.modules)"
+    env = dict(os.environ, PYTHONPATH=str(Path(datasets.__file__).parents[1]))
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env).stdout == 'False\n'
+
+@pytest.mark.parametrize('name', ['camvid', 'voc2012', 'get_source', 'SOURCES', 'download', 'DOWNLOADS', 'download_cli'])
+def test_names_that_have_moved(name):
+    "… are found where they were, with one line that says where they are"
+    with pytest.warns(DeprecationWarning, match=f'sasformer.datasets.{name} has moved to sasformer.') as caught:
+        value = getattr(datasets, name)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert value is getattr(benchmarks, name, None) or value is getattr(downloads, name, None)
+
+def test_no_such_name():
+    with pytest.raises(ImportError, match='VOC_PLACE'): from sasformer.datasets import VOC_PLACE
 
 def test_cli_asks_for_the_folder():
     with pytest.raises(SystemExit, match='name a data set and its folder'): download_cli('check', 'camvid')
