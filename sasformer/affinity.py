@@ -148,7 +148,7 @@ def before_batch(self:AffinityLoss):
 def after_loss(self:AffinityLoss):
     if not self.training or not self.weight: return
     with torch.autocast(self.pred.device.type, enabled=False):
-        terms = affinity_loss(self.tap.blocks, self.pred.float(), self.y.as_subclass(Tensor), self.form)
+        terms = affinity_loss(self.tap.blocks, self.pred.float(), self.yb[0].as_subclass(Tensor), self.form)
         self.learn.loss_grad = self.loss_grad + self.weight*combine(terms, self.form.over_blocks)
     self.tap.clear()   # so that the backward pass can free queries and keys as it goes
     self.learn.loss = self.loss_grad.detach().clone()

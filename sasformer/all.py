@@ -9,6 +9,8 @@ __all__ = []
 from .annotations import *
 from .datasets import *
 from .data import *
+from .benchmarks import *
+from .downloads import *
 from .mit import *
 from .segmenters import *
 from .attention import *

@@ -10,7 +10,7 @@ __all__ = ['scale_list', 'window_side', 'usable_device', 'inference_options', 'o
 import argparse, json, math, time
 from pathlib import Path
 from .annotations import write_json
-from .datasets import SOURCES, get_source
+from .benchmarks import SOURCES, get_source
 from .recipes import PRECISIONS   # what needs torch is imported where it is used: `--help` is quick
 
 # %% ../nbs/61_evaluate.ipynb #6a2c96c8

@@ -49,6 +49,7 @@ def _neighbours(i, n, N):
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
+    *others,        # Further targets, such as tags; not used
     everywhere:bool=True # Mean over the pixels of all processes, or of this one
 )->Tensor:          # Scalar
     "Mean cross-entropy over the labelled pixels"
@@ -67,7 +68,7 @@ def partial_cross_entropy(
 
 class PartialCrossEntropy:
     "`partial_cross_entropy` with what a fastai `Learner` asks of a loss"
-    def __call__(self, pred, target, **kwargs):
+    def __call__(self, pred, target, *others, **kwargs):
         # in validation the processes may have different numbers of batches, and waiting for each other would hang
         return partial_cross_entropy(pred, target, everywhere=torch.is_grad_enabled())
     def activation(self, x): return x.softmax(1)
@@ -204,7 +205,7 @@ class PixelLoss(Metric):
     name = 'loss'
     def reset(self): self.sums = torch.zeros(2, dtype=torch.float64)
     def accumulate(self, learn):
-        n = (learn.y<PADDING).sum().cpu()
+        n = (learn.yb[0]<PADDING).sum().cpu()
         self.sums += torch.stack([learn.loss.detach().cpu()*n, n])
     @property
     def value(self):

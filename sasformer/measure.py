@@ -16,7 +16,8 @@ from .affinity import Form, affinity_loss, combine, propagate
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
 from .data import ToModel, sparse_dataloaders
-from .datasets import get_source, open_image, scenes
+from .benchmarks import get_source
+from .datasets import open_image, scenes
 from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales, predict_folder, predict_logits
 from .learner import OPTIMISERS, partial_cross_entropy
 from .machine import DTYPES, alive, peak_memory
@@ -102,7 +103,7 @@ class Step:
     def sync(self):
         if self.device.type=='cuda': torch.cuda.synchronize()
     def batch(self):
-        x, y = (t.as_subclass(torch.Tensor) for t in next(iter(self.data)))
+        x, y, _ = (t.as_subclass(torch.Tensor) for t in next(iter(self.data)))
         return x.to(memory_format=self.fmt), _fold(y, self.o.classes)
 
     def __call__(self, variant, batch):
@@ -170,7 +171,7 @@ def bench_loader(o)->dict:
             data.n = min(data.n, 8*(o.images//8))
             def run():
                 n, start = 0, time.perf_counter()
-                for x,_ in data: n += len(x)
+                for x,*_ in data: n += len(x)
                 return n/(time.perf_counter()-start)
             if cache: run()
             speeds = [run() for _ in range(o.repeats)]
@@ -279,7 +280,7 @@ def bench_naive(o)->dict:
     "Training in bf16 with channels last beside the plain float32 loop, and beside the decoder as the paper writes it, with the loss curves"
     src = scenes(n_train=64, n_val=1, size=o.size)
     data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=o.device).train
-    batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y in data]
+    batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y,_ in data]
     torch.manual_seed(0)
     model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride, dropout=0.).to(o.device)
     curves, variants, quick = {}, {}, QuickAttention()

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .annotations import parse_annotation
-from .datasets import get_source, SOURCES
+from .benchmarks import get_source, SOURCES
 from .methods import METHODS, among, fraction, method_text, not_negative, parse_method, positive
 
 # %% ../nbs/50_recipes.ipynb #3c03380c

@@ -515,7 +515,7 @@ def after_loss(self:TreeEnergyLoss):
     size = self.pred.shape[2:]
     high = self._high(size) if 'high' in self.trees else None
     with torch.autocast(self.pred.device.type, enabled=False):
-        y = F.interpolate(self.y.as_subclass(Tensor)[:,None].float(), size, mode='nearest')[:,0]
+        y = F.interpolate(self.yb[0].as_subclass(Tensor)[:,None].float(), size, mode='nearest')[:,0]
         term = tree_energy(self.pred.as_subclass(Tensor).float().softmax(1), self._low(size) if 'low' in self.trees else None,
                            high, y==UNLABELLED, self.sigma)
         self.learn.loss_grad = self.loss_grad + self.weight*term

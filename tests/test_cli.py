@@ -5,7 +5,8 @@ import numpy as np, pytest
 from PIL import Image
 from sasformer import evaluate, labels, predict, train
 from sasformer.annotations import SCRIBBLE_TAGS, read_label_map, simulate, write_label_map
-from sasformer.datasets import folder, get_source, open_image, scenes
+from sasformer.benchmarks import get_source
+from sasformer.datasets import folder, open_image, scenes
 
 PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_predict='predict', sasformer_labels='labels')
 
@@ -77,7 +78,7 @@ def test_every_argument_is_documented(p):
 
 def test_every_argument_of_sasformer_data_is_documented(capsys, monkeypatch):
     from fastcore.script import anno_parser
-    from sasformer.datasets import download_cli
+    from sasformer.downloads import download_cli
     for a in anno_parser(getattr(download_cli, '__wrapped__', download_cli), 'sasformer_data')._actions:
         if a.dest not in ('pdb', 'xtra'): assert a.help and a.help.split('(default')[0].strip(), f'sasformer_data: {a.dest} has no help'
 
