@@ -634,8 +634,8 @@ def plot(self:LabelStatistics):
 @dataclass
 class TagStatistics:
     "In how many images a class is, and beside which others; made by `tag_statistics`"
-    per_class:pd.DataFrame  # A row per class: images it is in, their share, images in which it is alone
-    together:pd.DataFrame   # Images that both classes are in, (C, C); on the diagonal the images of each
+    per_class:object  # Data frame, a row per class: images it is in, their share, images in which it is alone
+    together:object   # Data frame, images that both classes are in, (C, C); on the diagonal the images of each
 
     def _repr_html_(self): return self.per_class.to_html(float_format='{:.4f}'.format)
 
@@ -644,6 +644,7 @@ def tag_statistics(
     classes,  # Names of the classes, in the order of their ids
 )->TagStatistics:
     "Count images by class and by pair of classes"
+    import pandas as pd
     tags = list(tags)
     on = np.zeros((len(tags), len(classes)), int)
     for i,ids in enumerate(tags): on[i, list(ids)] = 1
