@@ -9,12 +9,14 @@ __all__ = []
 from .annotations import *
 from .datasets import *
 from .data import *
+from .treefilter import *
+from .ltf import *
 from .mit import *
 from .segmenters import *
 from .attention import *
 from .quick import *
 from .affinity import *
-from .tree import *
+from .tel import *
 from .metrics import *
 from .learner import *
 from .inference import *

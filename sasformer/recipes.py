@@ -15,7 +15,7 @@ from .datasets import get_source, SOURCES
 from .data import sparse_dataloaders
 from .attention import AttentionTap
 from .affinity import AffinityLoss, Form, FORMS
-from .tree import TreeEnergyLoss
+from .tel import TreeEnergyLoss
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
 # %% ../nbs/50_recipes.ipynb #3c03380c
