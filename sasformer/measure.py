@@ -326,7 +326,7 @@ def scipy_filter(features, x, sigma=1.):
 # %% ../nbs/33_measure.ipynb #05bcc51a
 def bench_tree(o)->dict:
     "The tree energy loss, its SciPy and NumPy counterpart, and a training step"
-    from sasformer.tree import tree_energy
+    from sasformer.tel import tree_energy
     torch.manual_seed(0)
     if o.memory_of=='step': return _memory_of(argparse.Namespace(**{**vars(o), 'memory_of': 'bare'}))
     B, n = o.tree_batch, o.tree_size

@@ -227,7 +227,7 @@ class SASFormer(Method):
         from sasformer.affinity import AffinityLoss
         return [AffinityLoss(self.alpha, self.whole_form(), self.start, self.warmup)]
 
-# %% ../nbs/21_tree.ipynb #182abea0
+# %% ../nbs/21_tel.ipynb #182abea0
 @register_method('tel')
 @dataclass
 class TEL(Method):
@@ -242,5 +242,5 @@ class TEL(Method):
         if not self.trees or set(self.trees)-{'low', 'high'}: raise ValueError(f"trees={','.join(self.trees)}: expected low, high or low,high")
 
     def callbacks(self):
-        from sasformer.tree import TreeEnergyLoss
+        from sasformer.tel import TreeEnergyLoss
         return [TreeEnergyLoss(self.weight, self.sigma, tuple(self.trees))]

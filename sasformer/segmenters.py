@@ -16,6 +16,7 @@ from timm.models import is_model_in_modules
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 import sasformer.mit as mit
+from .ltf import LTFDecoder
 
 # %% ../nbs/11_segmenters.ipynb #8da474ee
 class SegformerDecoder(nn.Module):
@@ -233,7 +234,7 @@ class Segmenter(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,
-                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder)
+                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder, ltf=LTFDecoder)
 
 # timm's modules whose models a decoder takes, all if not here
 _vits = ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva')
