@@ -173,7 +173,7 @@ def download_cli(
     name:Param('data set; not needed to list', str, nargs='?', opt=False)=None,
     path:str=None,   # Folder of the data set
     read:bool=False, # check: open every file too
-    keep:bool=False, # download: keep the archive after unpacking
+    keep:bool=False, # download: keep the archive after unpacking; one that lay there before is kept anyway
 ):
     "Data sets: list, download (resumed and verified) or check them"
     if action=='list': return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *(k for k in SOURCES if k not in ('scenes','folder',*DOWNLOADS))])))
@@ -184,7 +184,9 @@ def download_cli(
         if name not in DOWNLOADS:
             sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); data/README.md says where to get it")
         a = DOWNLOADS[name]
-        archive = download(a.url, Path(path)/a.url.rpartition('/')[2], a.checksum, progress=_show_progress)
+        archive = Path(path)/a.url.rpartition('/')[2]
+        keep = keep or archive.exists()      # not fetched by this call: it is the reader's
+        download(a.url, archive, a.checksum, progress=_show_progress)
         print('unpacked:', ', '.join(str(o) for o in extract(archive, path)))
         if not keep: archive.unlink()
     except (OSError, ValueError) as e: sys.exit(f"sasformer_data: {e}")

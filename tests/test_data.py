@@ -8,7 +8,7 @@ from sasformer.affinity import AffinityLoss
 from sasformer.data import ImageTags, SparseDataset, SparseDL, shuffled, sparse_dataloaders
 from sasformer.datasets import Source, scenes
 from sasformer.learner import partial_cross_entropy, sparse_learner
-from sasformer.tree import TreeEnergyLoss
+from sasformer.tel import TreeEnergyLoss
 
 
 @pytest.fixture(scope='module')

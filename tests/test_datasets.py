@@ -193,6 +193,15 @@ def test_cli_fetches_unpacks_and_checks(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='coco2014 is not to be had'): download_cli('download', 'coco2014', path=str(tmp_path))
     with pytest.raises(SystemExit, match='no such folder; expected'): download_cli('check', 'voc2012', path=str(tmp_path))
 
+def test_cli_keeps_an_archive_that_was_there(server, tmp_path, monkeypatch):
+    "Somebody fetched it in a browser: it is unpacked and stays; only an archive of our own is removed"
+    scenes(tmp_path/'made/camvid', 2, 1, size=32)
+    shutil.make_archive(tmp_path/'got/set', 'gztar', tmp_path/'made')
+    archive = tmp_path/'got/set.tar.gz'
+    monkeypatch.setitem(datasets.DOWNLOADS, 'camvid', datasets.Archive(f'{server.url.rpartition("/")[0]}/set.tar.gz', None, None, 'none'))
+    download_cli('download', 'camvid', path=str(tmp_path/'got'))
+    assert archive.exists() and (tmp_path/'got/camvid').is_dir()
+
 def test_cli_as_a_program():
     r = subprocess.run([sys.executable, '-m', 'sasformer.downloads', 'list'], capture_output=True, text=True)
     assert r.returncode==0 and 'voc2012' in r.stdout and 'by hand' in r.stdout
