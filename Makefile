@@ -1,4 +1,4 @@
-# make demo | test | notebooks | readme | clean
+# make demo | test | gpu-check | gpu-wheels | notebooks | readme | clean
 PYTHON ?= python3
 VENV    = .venv
 BIN     = $(VENV)/bin
@@ -8,7 +8,7 @@ export SASFORMER_DATA
 export OMP_NUM_THREADS ?= 1
 export PYTHONDONTWRITEBYTECODE = 1
 
-.PHONY: demo test check notebooks readme clean
+.PHONY: demo test check gpu-check gpu-wheels notebooks readme clean
 
 $(VENV)/.installed: settings.ini setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,15 @@ check: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/nbdev_test --n_workers 2 --timing
 	$(BIN)/python -m pytest -q --durations=10 tests
+
+# what only a GPU can show, in less than 8 minutes, into results/gpu; where the machine has a Python with PyTorch of its
+# own, GPU_PYTHON=python3 uses that and installs nothing
+gpu-check: $(if $(GPU_PYTHON),,$(VENV)/.installed)
+	$(or $(GPU_PYTHON),$(BIN)/python) -m sasformer.gpu check --device cuda --out results/gpu
+
+# the packages that a GPU's machine without a network lacks, some data, and the lines to type there
+gpu-wheels: $(VENV)/.installed
+	$(BIN)/python -m sasformer.gpu wheels --out gpu_wheels
 
 # every notebook from top to bottom, then the export, clean metadata and the README
 notebooks: $(VENV)/.installed
