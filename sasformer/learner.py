@@ -240,7 +240,7 @@ class SparseLearner(Learner):
 def sparse_learner(
     dls:DataLoaders,           # From `sparse_dataloaders`
     model:str|nn.Module,       # A segmenter or the name of one
-    method:Callback|list=None, # Regularisers, such as `AffinityLoss()`
+    method:Callback|list=None, # Loss terms, such as `SASFormerLoss()`
     lr:float=1e-3,             # Highest learning rate of the backbone
     head_lr:float=1.,          # The decoder's, as a multiple
     opt:str='sgd',             # 'sgd' (momentum 0.9) or 'adamw'

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, pandas as pd
 from fastcore.all import *
-from .affinity import FORMS
+from .sasformer import FORMS
 from .recipes import Recipe, RECIPES, recipe
 from .annotations import replacing
 from .learner import write_json

@@ -13,8 +13,7 @@ from fastcore.all import *
 from .annotations import parse_annotation
 from .datasets import get_source, SOURCES
 from .data import sparse_dataloaders
-from .attention import AttentionTap
-from .affinity import AffinityLoss, Form, FORMS
+from .sasformer import Form, FORMS, SASFormerLoss
 from .tel import TreeEnergyLoss
 from .learner import sparse_learner, RunFolder, OPTIMISERS
 
@@ -99,7 +98,7 @@ def affinity_form(self:Recipe)->Form:
     return dataclasses.replace(FORMS[self.form], **{k:v for k,v in given.items() if v is not None})
 
 # %% ../nbs/50_recipes.ipynb #2c3abfb5
-def _affinity(r): return [AffinityLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)]
+def _affinity(r): return [SASFormerLoss(r.alpha, r.affinity_form, r.start, r.alpha_warmup)]
 def _tree(r): return [TreeEnergyLoss(r.tree_weight, r.sigma, tuple(r.trees.split(',')))]
 
 METHODS = {'baseline': lambda r: [], 'sasformer': _affinity, 'tel': _tree, 'sasformer+tel': lambda r: _affinity(r)+_tree(r)}
@@ -140,10 +139,6 @@ def learner(self:Recipe,
     if folder is not None: cbs = L(cbs)+RunFolder(folder, self.settings(), resume, tensorboard)
     learn = sparse_learner(dls, self.model, METHODS[self.method](self), self.lr, self.head_lr, self.opt, self.wd, self.no_decay, self.precision,
                            self.channels_last, self.seed, self.validate_every, cbs, decoder_dim=self.decoder_dim, dropout=self.dropout, **backbone)
-    for cb in learn.cbs:
-        if isinstance(cb, AffinityLoss):   # a backbone whose attention cannot be read is refused here, before any work
-            try: AttentionTap(learn.model, None if cb.form.blocks is None else [b-1 for b in cb.form.blocks])
-            except TypeError as e: raise ValueError(f"model={self.model!r}: {e}") from e
     learn.recipe = self
     return learn
 
