@@ -19,10 +19,12 @@ from .mit import *
 from .segmenters import *
 from .attention import *
 from .quick import *
-from .affinity import *
+from .terms import *
+from .sasformer import *
 from .tel import *
 from .metrics import *
 from .learner import *
 from .inference import *
 from .recipes import *
+from .affinity import AffinityLoss
 __all__ = [o for o in globals() if not o.startswith('_')]   # nbdev lists only what a notebook defines

@@ -69,8 +69,9 @@ class AttentionTap:
         self._decoder = next((m for m in model.modules() if isinstance(m, MaskTransformer)), None)
         if blocks is None: blocks = range(self.n_blocks)
         if self._decoder is not None: attention += [(layer.attn, self.n_blocks) for layer in self._decoder.blocks]
-        wrong = [b for b in blocks if b not in range(attention[-1][1] + 1)]
-        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {attention[-1][1]}')
+        self.available = range(attention[-1][1] + 1)   # indices of all blocks that can be recorded
+        wrong = [b for b in blocks if b not in self.available]
+        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {self.available[-1]}')
         self._attention = [(a, b) for a, b in attention if b in blocks]
 
     @property

@@ -24,9 +24,10 @@ from types import SimpleNamespace
 # %% ../nbs/68_gpu.ipynb #ac7f9479
 def methods()->SimpleNamespace:
     "What is compared and timed"
-    from sasformer.affinity import DISTANCES, FORMS, Form, affinity_loss, combine, counted_rows, draw_every
+    from sasformer.sasformer import DISTANCES, FORMS, Form, affinity_loss, combine, counted_rows, draw_every
     from sasformer.attention import QK, AttentionTap, attention_map
-    from sasformer.tree import edge_affinity, minimum_spanning_tree, soft_labels, tree_energy, tree_filter
+    from sasformer.treefilter import edge_affinity, minimum_spanning_tree, tree_filter
+    from sasformer.tel import soft_labels, tree_energy
     return SimpleNamespace(**locals())
 
 # %% ../nbs/68_gpu.ipynb #0bb670ff
@@ -360,7 +361,7 @@ TREES = 'trees of colours', 'trees of features'
 def trees_part(o):
     "Minimum spanning trees, the filter along them, and the tree energy loss, forward and backward"
     import torch
-    from sasformer.bench import alternate, summary
+    from sasformer.measure import alternate, summary
     m, (B, n, K, C) = methods(), (2, 16, 8, 3) if o.tiny else (8, 128, 256, 21)
     smooth = torch.nn.Upsample(scale_factor=8, mode='bilinear')
     low, high = (smooth(torch.rand(B, c, n//8, n//8, device=o.device)) for c in (3, K))
@@ -379,7 +380,7 @@ def trees_part(o):
 def inference(o, model, batch, size)->dict:
     "Images a second of transformers' SegFormer and of ours, in float32 and bf16, and by how much the scores differ"
     import torch, torch.nn.functional as F
-    from sasformer.bench import alternate, equal_models, summary
+    from sasformer.measure import alternate, equal_models, summary
     from sasformer.inference import predict_logits
     ours, theirs = (net.to(o.device) for net in equal_models(model, 21))
     x = torch.randn(batch, 3, size, size, device=o.device)
@@ -691,7 +692,7 @@ def closure(
 # %% ../nbs/68_gpu.ipynb #62b9f6bf
 def imported()->set:
     "Distributions of everything that the package, its learner and its benchmarks import"
-    code = 'import sys, sasformer.all, sasformer.bench; print(*{m.partition(".")[0] for m in sys.modules})'
+    code = 'import sys, sasformer.all, sasformer.measure; print(*{m.partition(".")[0] for m in sys.modules})'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     owners = importlib.metadata.packages_distributions()
     return {normal(d) for m in done.stdout.split() for d in owners.get(m, ())}

@@ -12,7 +12,7 @@ import argparse, contextlib, copy, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.all import L, partial
-from .affinity import Form, affinity_loss, combine, propagate
+from .sasformer import Form, affinity_loss, combine, propagate
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
 from .data import ToModel, sparse_dataloaders

@@ -148,7 +148,7 @@ def flat_settings(
     options = {f'{name}.{k}': v for name,given in settings.get('options', {}).items() for k,v in given.items()}
     return {**{k: v for k,v in settings.items() if k != 'options'}, **options}
 
-# %% ../nbs/20_affinity.ipynb #082d5dce
+# %% ../nbs/20_sasformer.ipynb #082d5dce
 @dataclasses.dataclass(frozen=True)
 class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
@@ -175,20 +175,20 @@ class Form:
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
-# %% ../nbs/20_affinity.ipynb #83f045cc
+# %% ../nbs/20_sasformer.ipynb #83f045cc
 DISTANCES = dict(
     L1=lambda y, p: (y-p).abs().sum(-1),
     L2=lambda y, p: (y-p).square().sum(-1),
     KL=lambda y, p: (y*(y.clamp_min(1e-8).log()-p.clamp_min(1e-8).log())).sum(-1),
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
-# %% ../nbs/20_affinity.ipynb #c8225430
+# %% ../nbs/20_sasformer.ipynb #c8225430
 PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
 RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
-# %% ../nbs/20_affinity.ipynb #0bdf5e87
+# %% ../nbs/20_sasformer.ipynb #0bdf5e87
 @register_method('sasformer')
 @dataclass
 class SASFormer(Method):
@@ -224,8 +224,8 @@ class SASFormer(Method):
         return {**dataclasses.asdict(self), **w, 'positions': w['rows'], 'fraction': w['share']}
 
     def callbacks(self):
-        from sasformer.affinity import AffinityLoss
-        return [AffinityLoss(self.alpha, self.whole_form(), self.start, self.warmup)]
+        from sasformer.sasformer import SASFormerLoss
+        return [SASFormerLoss(self.alpha, self.whole_form(), self.start, self.warmup)]
 
 # %% ../nbs/21_tel.ipynb #182abea0
 @register_method('tel')

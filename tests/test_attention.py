@@ -109,15 +109,15 @@ def test_mask_transformer():
 @pytest.mark.parametrize('name, blocks', [('segmenter', (1, 2, 3, 4, 5)), ('setr', None)])
 def test_affinity_loss_on_vits(name, blocks):
     from fastai.vision.all import DataLoader, DataLoaders, Learner
-    from sasformer.affinity import AffinityLoss, Form, propagate
+    from sasformer.sasformer import SASFormerLoss, Form, propagate
     torch.manual_seed(0)
     model, labels = create_segmenter(f'{name}_vit_tiny_patch16_224', 3, depth=4), torch.full((64, 80), 255)
     labels[:20, :20] = 1
     dl = DataLoader([(image, labels) for image in torch.randn(4, 3, 64, 80)], bs=2)
     loss = lambda y, t: nn.functional.cross_entropy(nn.functional.interpolate(y, t.shape[-2:], mode='bilinear'), t, ignore_index=255)
-    learn = Learner(DataLoaders(dl, dl), model, loss, cbs=AffinityLoss(form=Form(blocks=blocks)))
+    learn = Learner(DataLoaders(dl, dl), model, loss, cbs=SASFormerLoss(form=Form(blocks=blocks)))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
-    values = learn.affinity_loss.epochs[0]
+    values = learn.sasformer_loss.epochs[0]
     assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)] and all(v > 0 for v in values.values()) and n_hooks(model) == 0
     with torch.no_grad(), AttentionTap(model, [b - 1 for b in blocks] if blocks else None) as tap: y = model(x)
     p = y.softmax(1).flatten(2).mT

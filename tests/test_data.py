@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sasformer.annotations import AnnotationError
-from sasformer.affinity import AffinityLoss
+from sasformer.sasformer import SASFormerLoss
 from sasformer.data import ImageTags, SparseDataset, SparseDL, shuffled, sparse_dataloaders
 from sasformer.datasets import Source, scenes
 from sasformer.learner import partial_cross_entropy, sparse_learner
@@ -164,7 +164,7 @@ def test_label_map_and_tags_are_targets(src):
     assert len(preds) == len(labels) == len(tags) == 4
 
 
-@pytest.mark.parametrize('method', [AffinityLoss, TreeEnergyLoss])
+@pytest.mark.parametrize('method', [SASFormerLoss, TreeEnergyLoss])
 def test_methods_do_not_mind_a_training_without_labels(src, method):
     "From tags alone these losses see images without any label, and the cross-entropy is nothing"
     learn = sparse_learner(sparse_dataloaders(src, 'tag', size=32, bs=4, device='cpu'), 'segformer_mit_b0', method(), decoder_dim=16)

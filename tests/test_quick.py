@@ -2,7 +2,7 @@
 import copy, gc, pytest, torch, weakref
 from conftest import rounding
 from torch.nn import functional as F
-from sasformer.affinity import Form, affinity_loss, combine
+from sasformer.sasformer import Form, affinity_loss, combine
 from sasformer.annotations import UNLABELLED
 from sasformer.attention import AttentionTap, attention_map, heard
 from sasformer.quick import AttentionMap, MapRoom, QuickAttention, _Attention, can_be_quick, spread
@@ -131,7 +131,7 @@ def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
 def test_a_learner_uses_it(monkeypatch):
     "In training, with the affinity loss and without; the context is left"
     from sasformer import quick
-    from sasformer.affinity import AffinityLoss
+    from sasformer.sasformer import SASFormerLoss
     from sasformer.data import sparse_dataloaders
     from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
@@ -139,7 +139,7 @@ def test_a_learner_uses_it(monkeypatch):
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
     dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
     dls.train.n = 2
-    for precision,method,expected in (('fp32',None,0), ('fp32',AffinityLoss(),8), ('bf16',None,8), ('bf16',AffinityLoss(),8)):
+    for precision,method,expected in (('fp32',None,0), ('fp32',SASFormerLoss(),8), ('bf16',None,8), ('bf16',SASFormerLoss(),8)):
         calls.clear()
         learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
         with learn.no_logging(): learn.fit(1)
@@ -152,7 +152,7 @@ def test_a_learner_uses_it(monkeypatch):
 def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
     "No map is alive when the next forward pass begins"
     from fastai.callback.core import Callback
-    from sasformer.affinity import AffinityLoss
+    from sasformer.sasformer import SASFormerLoss
     from sasformer.data import sparse_dataloaders
     from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
@@ -165,7 +165,7 @@ def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
         def after_pred(self): alive.append(len(maps))
     dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
     dls.train.n = 6
-    learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), precision=precision, cbs=Look(), validate_every=2)
+    learn = sparse_learner(dls, 'segformer_mit_b0', SASFormerLoss(), precision=precision, cbs=Look(), validate_every=2)
     for p in learn.model.backbone.parameters(): p.requires_grad_(not frozen)
     with learn.no_logging(): learn.fit(1)
     assert alive[:6]==[0, 8]*3

@@ -2,7 +2,7 @@
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
 from torch.nn import functional as F
-from sasformer.affinity import AffinityLoss, Form, affinity_loss, combine, counted_rows
+from sasformer.sasformer import SASFormerLoss, Form, affinity_loss, combine, counted_rows
 from sasformer.attention import QK, attention_map
 
 
@@ -101,10 +101,10 @@ def test_tap_is_empty_before_the_backward_pass():
     seen = []
     class Look(Callback):
         def before_backward(self):
-            seen.append((len(self.learn.affinity_loss.tap.layers), len(self.learn.affinity_loss._sums)))
+            seen.append((len(self.learn.sasformer_loss.tap.layers), len(self.learn.sasformer_loss._sums)))
             raise CancelFitException()
     dls = sparse_dataloaders(get_source('scenes'), 'point', (64,64), 2)
-    learn = sparse_learner(dls, 'segformer_mit_b0', AffinityLoss(), cbs=Look())
+    learn = sparse_learner(dls, 'segformer_mit_b0', SASFormerLoss(), cbs=Look())
     learn.fit(1)
     assert seen == [(0, 4)]   # four terms were computed, and nothing is held
 
