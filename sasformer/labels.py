@@ -45,6 +45,7 @@ def simulate_labels(
     "Write the sparse labels that could have been left of dense masks"
     spec = parse_annotation(annotation.removeprefix('sim_'))
     if masks is not None:
+        if 'novel' in spec[1]: raise AnnotationError(f"{annotation!r}: novel needs the names of classes, which a data set has and a folder of masks has not")
         files,palette = _listing(masks, 'dense masks', ('.png',), recurse=True),None
         draw,ids = lambda i: simulate(read_label_map(files[i]), spec, i),list(files)
     else:
