@@ -536,18 +536,21 @@ def parse_annotation(
 )->tuple:     # (kind, dict of the options that were given)
     "Read the name of an annotation; a wrong one is answered with what there is"
     kind,_,rest = spec.partition(':')
-    if kind not in _SIMULATORS: raise AnnotationError(f'annotation {spec!r}: unknown kind {kind!r}, expected one of {", ".join(_SIMULATORS)}')
+    if kind not in _SIMULATORS:
+        raise AnnotationError(f'annotation {spec!r}: unknown kind {kind!r}, expected one of {", ".join(_SIMULATORS)}')
     known,given = {**_options(kind), 'novel': ()},{}
     for option in filter(None, (o.strip() for o in rest.split(','))):
         name,_,value = (s.strip() for s in option.partition('='))
-        if name not in known: raise AnnotationError(f'annotation {spec!r}: unknown option {name!r}, {kind} has {", ".join(known)}')
+        if name not in known:
+            raise AnnotationError(f'annotation {spec!r}: unknown option {name!r}, {kind} has {", ".join(known)}')
         if name in given: raise AnnotationError(f'annotation {spec!r}: option {name!r} comes twice')
         if name == 'novel': convert,expected = _novel,'class names with + between them'
         else:
             convert = type(known[name]) if known[name] is not None else int
             expected = convert.__name__
         try: given[name] = convert(value)
-        except ValueError as e: raise AnnotationError(f'annotation {spec!r}: {name} is {value!r}, expected {expected}') from e
+        except ValueError as e:
+            raise AnnotationError(f'annotation {spec!r}: {name} is {value!r}, expected {expected}') from e
     drawn = {k: v for k,v in given.items() if k != 'novel'}
     try: simulate(np.full((1, 1), UNLABELLED), (kind, drawn), '')  # the simulator itself judges the values
     except AnnotationError as e: raise AnnotationError(f'annotation {spec!r}: {e}') from e
@@ -650,7 +653,8 @@ def tag_statistics(
     for i,ids in enumerate(tags): on[i, list(ids)] = 1
     names = pd.Index(list(classes), name='class')
     images = on.sum(0)
-    per_class = pd.DataFrame({'images': images, 'share of images': images/max(1, len(tags)), 'alone': on[on.sum(1) == 1].sum(0)}, index=names)
+    alone = on[on.sum(1) == 1].sum(0)
+    per_class = pd.DataFrame({'images': images, 'share of images': images/max(1, len(tags)), 'alone': alone}, index=names)
     return TagStatistics(per_class, pd.DataFrame(on.T @ on, index=names, columns=list(classes)))
 
 # %% ../nbs/00_annotations.ipynb #1a9c0004
@@ -664,7 +668,8 @@ def plot(self:TagStatistics):
     axs[0].set(title='Images that contain the class', xlabel='images'); axs[0].invert_yaxis()
     pairs = self.together.to_numpy() / np.maximum(1, self.per_class.images.to_numpy())[:, None]
     picture = axs[1].imshow(pairs, vmin=0, vmax=1, cmap='Greys')
-    axs[1].set(title='Share of the images of a row that also contain the column', yticks=range(n), yticklabels=self.together.index)
+    axs[1].set(title='Share of the images of a row that also contain the column')
+    axs[1].set_yticks(range(n), self.together.index)
     axs[1].set_xticks(range(n), self.together.columns, rotation=90)
     fig.colorbar(picture, ax=axs[1])
     return fig

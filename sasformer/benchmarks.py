@@ -77,10 +77,12 @@ class ObjectTags:
         path = self.folder/f'{id}.xml'
         try: root = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
         except FileNotFoundError: raise LayoutError(f"{path}: no such file") from None
-        except (ElementTree.ParseError, DefusedXmlException, ValueError) as e: raise AnnotationError(f"{path}: not a plain XML file: {e}") from e
+        except (ElementTree.ParseError, DefusedXmlException, ValueError) as e:
+            raise AnnotationError(f"{path}: not a plain XML file: {e}") from e
         names = [(o.findtext('name') or '').strip() for o in root.iterfind('object')]   # not the names of an object's parts
         wrong = next((n for n in names if n not in VOC_CLASSES), None)
-        if wrong is not None: raise AnnotationError(f"{path}: an object is a {wrong!r}, none of VOC's {len(VOC_CLASSES)} classes")
+        if wrong is not None:
+            raise AnnotationError(f"{path}: an object is a {wrong!r}, none of VOC's {len(VOC_CLASSES)} classes")
         return names
 
 # %% ../nbs/03_benchmarks.ipynb #9cbbbae0
@@ -91,7 +93,7 @@ def voc2012(
     points=None,             # JSON of points, beside `path` by default: voc_whats_the_point.json
     background_points=None,  # JSON of background points: voc_whats_the_point_bg_from_scribbles.json
     scribbles=None,          # Zip or folder of XML, folder of PNG, or a `ScribbleXML`; scribble_annotation.zip, pascal_2012/, scribbles/
-    tags=None,               # Folder of XML files with the objects of every image; Annotations/ if it has them all, else the masks' classes
+    tags=None,               # Folder of XML, the objects of every image; Annotations/ if it has them all, else from the masks
 )->Source:
     "PASCAL VOC 2012, 21 classes, with SBD masks, points and scribbles where they lie beside it"
     top = Path(path)
@@ -109,7 +111,8 @@ def voc2012(
     if scribbles: released['scribble'] = _sparse_reader(scribbles)
     files,objects = {**extra,**masks},ObjectTags(tags or path/'Annotations')
     lack = [i for s in ids.values() for i in s if i not in objects]
-    if tags and lack: raise LayoutError(f"{tags}: no XML file for {len(lack)} of {sum(map(len, ids.values()))} images, such as {lack[0]}")
+    if tags and lack:
+        raise LayoutError(f"{tags}: no XML file for {len(lack)} of {sum(map(len, ids.values()))} images, such as {lack[0]}")
     return Source('voc2012', path, list(VOC_CLASSES), ids, {i:path/f'JPEGImages/{i}.jpg' for s in ids.values() for i in s},
                   {i:files[i] for s in ids.values() for i in s if i in files}, released=released, tag_table=None if lack else objects)
 

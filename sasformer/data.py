@@ -142,7 +142,8 @@ class SparseDataset:
         elif self.size is not None:
             g = Geometry(labels.shape, self.size)
             image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
-        return TensorImage(torch.tensor(np.array(image)).permute(2,0,1)), SparseMask(torch.tensor(np.array(labels))), self.tags(i)
+        image = TensorImage(torch.tensor(np.array(image)).permute(2,0,1))
+        return image, SparseMask(torch.tensor(np.array(labels))), self.tags(i)
 
 # %% ../nbs/02_data.ipynb #c58f51fe
 def shuffled(
@@ -161,14 +162,16 @@ class SparseDL(TfmdDL):
         if bs%self.world: raise ValueError(f"A batch of {bs} cannot be shared out evenly among {self.world} processes")
         n = len(dataset)
         if drop_last:
-            if n<bs: raise ValueError(f"{n} training images are fewer than one batch of {bs}: choose a smaller batch size")
+            if n<bs:
+                raise ValueError(f"{n} training images are fewer than one batch of {bs}: choose a smaller batch size")
             n = n//bs*bs
         super().__init__(dataset, bs=bs//self.world, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last,
                          n=len(range(self.rank, n, self.world)), **kwargs)
 
     def get_idxs(self):
         order = (self.order or shuffled)(self.dataset) if self.shuffle else np.arange(len(self.dataset))
-        if self.order and len(order) < self.n*self.world: raise ValueError(f"order: {len(order)} indices for an epoch of {self.n*self.world}")
+        if self.order and len(order) < self.n*self.world:
+            raise ValueError(f"order: {len(order)} indices for an epoch of {self.n*self.world}")
         return np.asarray(order)[self.rank::self.world][:self.n].tolist()
 
     def new(self, dataset=None, cls=None, **kwargs):
@@ -232,7 +235,8 @@ def show_rows(
 def _tag_lines(dl, b, max_n):
     "Names of the tags of a batch's samples; None for a batch without tags"
     names = dl.dataset.src.classes
-    return [', '.join(names[c] for c in t.nonzero().flatten().tolist()) for t in b[2][:max_n].cpu()] if len(b) > 2 else None
+    if len(b) < 3: return None
+    return [', '.join(names[c] for c in t.nonzero().flatten().tolist()) for t in b[2][:max_n].cpu()]
 
 def _samples(dl, b, max_n):
     x, y, *_ = dl.decode(b)
@@ -244,7 +248,8 @@ def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
     b = self.one_batch() if b is None else b
     s = _samples(self, b, max_n)
     src = self.dataset.src
-    return show_rows([(x, y, blend(x, y, src.palette, .8)) for x,y in s], ('image','labels','both'), src, **merge(dict(notes=_tag_lines(self, b, max_n)), kwargs))
+    rows = [(x, y, blend(x, y, src.palette, .8)) for x,y in s]
+    return show_rows(rows, ('image','labels','both'), src, **merge(dict(notes=_tag_lines(self, b, max_n)), kwargs))
 
 @patch
 def show_results(self:SparseDL, b, out, max_n=4, **kwargs):

@@ -56,7 +56,7 @@ class Source:
     released:dict=field(default_factory=dict)  # Kind of annotation → reader with `ids` and `label_map(id, shape=…)`
     lut:np.ndarray=None        # (256,) uint8: value in a label file → class id or 255
     mask_kind:str='dense'      # What `masks` hold; only from dense ones can sparse ones be simulated
-    tag_table:dict=None        # Id → names or ids of the classes in the image; where it has no entry, tags follow from the labels
+    tag_table:dict=None        # Id → names or ids of the image's classes; without an entry tags follow from the labels
 
     def __post_init__(self):
         if self.palette is None: self.palette = voc_palette()[:len(self.classes)]
@@ -131,7 +131,8 @@ def mask(self:Source,
 @patch
 def _seen(self:Source, id, mask):
     "`mask`, after a look at its classes: nobody need open it again for the tags"
-    if id not in self._tags and self.mask_kind == 'dense' and id not in (self.tag_table or ()): self._tags[id] = tuple(image_tags(mask))
+    if id not in self._tags and self.mask_kind == 'dense' and id not in (self.tag_table or ()):
+        self._tags[id] = tuple(image_tags(mask))
     return mask
 
 # %% ../nbs/01_datasets.ipynb #198dbda6
@@ -239,19 +240,24 @@ def _find_tags(self:Source, id):
 def check_tags(self:Source, split:str='train')->Source:
     "Raises if an image of a split has no tag, or one that is no class"
     without = [id for id in self.splits[split] if not self.tags(id)]
-    if without: raise AnnotationError(f"{self.name}: no tag for {len(without)} of {len(self.splits[split])} {split} images, such as {without[0]}")
+    if without:
+        raise AnnotationError(f"{self.name}: no tag for {len(without)} of {len(self.splits[split])} {split} images, such as {without[0]}")
     return self
 
 # %% ../nbs/01_datasets.ipynb #7a9c0006
 def _tag_rows(path):
     "(image, class names) of each row"
     try:
-        with open(path, encoding='utf-8-sig', newline='') as f: rows = [[o.strip() for o in r] for r in csv.reader(f) if any(map(str.strip, r))]
-    except FileNotFoundError: raise LayoutError(f"{path}: no such file; expected tags, CSV with the header image,tags") from None
+        with open(path, encoding='utf-8-sig', newline='') as f: rows = [[o.strip() for o in r] for r in csv.reader(f)]
+        rows = [r for r in rows if any(r)]
+    except FileNotFoundError:
+        raise LayoutError(f"{path}: no such file; expected tags, CSV with the header image,tags") from None
     except (csv.Error, UnicodeDecodeError) as e: raise AnnotationError(f"{path}: not a CSV file in UTF-8: {e}") from e
-    if not rows or rows[0] != ['image','tags']: raise AnnotationError(f"{path}: expected the header image,tags, found {','.join(rows[0]) if rows else 'nothing'}")
+    if not rows or rows[0] != ['image','tags']:
+        raise AnnotationError(f"{path}: expected the header image,tags, found {','.join(rows[0]) if rows else 'nothing'}")
     bad = next((r for r in rows[1:] if len(r) != 2 or not r[0]), None)
-    if bad: raise AnnotationError(f"{path}: expected an image and its tags (several with ; between them), found {','.join(bad)}")
+    if bad:
+        raise AnnotationError(f"{path}: expected an image and its tags (several with ; between them), found {','.join(bad)}")
     return rows[1:]
 
 def read_tags(
@@ -266,7 +272,8 @@ def read_tags(
         names = [cell] if cell in classes else [o.strip() for o in re.split('[;|]', cell) if o.strip()]
         if not names: raise AnnotationError(f"{path}: image {image!r} has no tag")
         wrong = next((n for n in names if n not in classes), None)
-        if wrong is not None: raise AnnotationError(f"{path}: image {image!r} has the tag {wrong!r}, which is none of the {len(classes)} classes: {', '.join(classes[:30])}")
+        if wrong is not None: raise AnnotationError(f"{path}: image {image!r} has the tag {wrong!r}, "
+                                                 f"which is none of the {len(classes)} classes: {', '.join(classes[:30])}")
         table.setdefault(ids[image], []).extend(names)
     return table
 
@@ -281,8 +288,10 @@ def write_tags(
     joined = not any(c in name for name in src.classes for c in ';|')
     named = {i: [src.classes[c] for c in src.tags(i)] for i in ids}
     if joined: rows = [(i, ';'.join(names)) for i,names in named.items()]
-    else: rows = [(i, n) for i,names in named.items() for n in names]   # a name with ; in it cannot stand beside another
-    with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f: csv.writer(f, lineterminator='\n').writerows([('image','tags'), *rows])
+    else:
+        rows = [(i, n) for i,names in named.items() for n in names]   # a name with ; in it cannot stand beside another
+    with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
+        csv.writer(f, lineterminator='\n').writerows([('image','tags'), *rows])
 
 # %% ../nbs/01_datasets.ipynb #d85c54df
 @patch
@@ -347,10 +356,11 @@ def _lines(path, what):
 
 # %% ../nbs/01_datasets.ipynb #f80023a6
 def _folder_splits(images, val, seed, by_class=False):
-    "Split name → {id: file}: by subfolders, or a seeded share of a flat folder; `by_class`: one folder further down, named by class"
+    "Split name → {id: file}: by subfolders, or a seeded share of a flat folder; `by_class`: files lie in folders named by class"
     subs = sorted(o.name for o in images.iterdir() if o.is_dir() and not o.name.startswith('.')) if images.is_dir() else []
     if subs and not (by_class and not {'train','val'} & set(subs)):
-        if not {'train','val'}<=set(subs): raise LayoutError(f"{images}: expected subfolders train/ and val/ (or none), found {', '.join(subs)}")
+        if not {'train','val'}<=set(subs):
+            raise LayoutError(f"{images}: expected subfolders train/ and val/ (or none), found {', '.join(subs)}")
         return {s:_listing(images/s, 'images', recurse=by_class) for s in ('train','val',*sorted(set(subs)-{'train','val'}))}
     files = _listing(images, 'images', recurse=by_class)
     n = round(val*len(files))
@@ -361,7 +371,8 @@ def _folder_splits(images, val, seed, by_class=False):
 def _class_names(path, classes):
     if classes is None:
         found = [path/o for o in ('codes.txt','classes.txt') if (path/o).is_file()]
-        if not found: raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, or `classes=`")
+        if not found:
+            raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, or `classes=`")
         classes = found[0]
     return _lines(Path(classes), 'class names, one a line') if isinstance(classes, (str,Path)) else list(classes)
 
@@ -383,10 +394,12 @@ def folder(
     path = Path(path)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if masks=='masks' and not (path/masks).is_dir() and (tags or any((path/k).is_dir() for k in KINDS)): masks = None
-    if kind!='dense' and kind not in KINDS: raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
+    if kind!='dense' and kind not in KINDS:
+        raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
     parts,classes = _folder_splits(path/images, val, seed, tags == 'folders'),_class_names(path, classes)
     files,released = {k:f for p in parts.values() for k,f in p.items()},{}
-    if len(files)<sum(map(len, parts.values())): raise LayoutError(f"{path/images}: ids must differ between {', '.join(parts)}")
+    if len(files)<sum(map(len, parts.values())):
+        raise LayoutError(f"{path/images}: ids must differ between {', '.join(parts)}")
     def table(sub, only=parts):
         flat = not any((path/sub/s).is_dir() for s in parts)
         tabs = [_listing(path/sub, 'masks', ending=ending)] if flat else [_listing(path/sub/s, 'masks', ending=ending) for s in only]
@@ -397,7 +410,8 @@ def folder(
     tag_table = _folder_tags(path, tags, parts, dense, classes) if tags else {}
     if kind!='dense': released[kind] = MaskFolder(dense)
     lack = [k for k in files if k not in dense and (k not in tag_table or k in parts['val'])] if masks else []
-    if lack: raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, such as {lack[0]} (of {files[lack[0]]})")
+    if lack:
+        raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, such as {lack[0]} (of {files[lack[0]]})")
     return Source(name, path, classes, {k:list(v) for k,v in parts.items()}, files, dense, palette, released,
                   mask_kind=kind if masks else 'absent', tag_table=tag_table or None)
 
@@ -407,7 +421,8 @@ def _folder_tags(path, tags, parts, dense, classes):
     if tags == 'folders':
         table = {k: [f.parent.name] for k,f in files.items()}
         wrong = next((k for k,(name,) in table.items() if name not in classes), None)
-        if wrong: raise LayoutError(f"{files[wrong]}: tags='folders' expects a folder named by a class ({', '.join(classes[:30])})")
+        if wrong:
+            raise LayoutError(f"{files[wrong]}: tags='folders' expects a folder named by a class ({', '.join(classes[:30])})")
         return table
     table = read_tags(path/tags, files, classes)
     lack = [k for s,p in parts.items() for k in p if k not in table and (s == 'train' or k not in dense)]

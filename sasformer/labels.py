@@ -45,14 +45,18 @@ def simulate_labels(
     "Write the sparse labels that could have been left of dense masks"
     spec = parse_annotation(annotation.removeprefix('sim_'))
     if masks is not None:
+        if 'novel' in spec[1]:
+            raise AnnotationError(f"{annotation!r}: novel needs the names of classes, which a data set has and a folder of masks has not")
         files,palette = _listing(masks, 'dense masks', ('.png',), recurse=True),None
         draw,ids = lambda i: simulate(read_label_map(files[i]), spec, i),list(files)
     else:
-        if split!='all' and split not in src.splits: raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}, all")
+        if split!='all' and split not in src.splits:
+            raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}, all")
         ids = [i for k,v in src.splits.items() if split in (k,'all') for i in v]
         src.groups(annotation)   # refuses novel classes that there are not
         lack = [i for i in ids if i not in src.masks]
-        if lack or src.mask_kind!='dense': raise AnnotationError(f"{src.name}: no dense mask for {(lack or ids)[0]}, so nothing to simulate from")
+        if lack or src.mask_kind!='dense':
+            raise AnnotationError(f"{src.name}: no dense mask for {(lack or ids)[0]}, so nothing to simulate from")
         draw,palette,files = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_')),src.palette,{i:src.mask_path(i) for i in ids}
     outs = {i:out/f'{i}.png' for i in ids}
     free_to_write(outs.values(), overwrite, list(files.values())+([src.image_path(i) for i in ids] if src else []))
@@ -109,7 +113,8 @@ def count_labels(
 ):
     "`label_statistics` of a split, or of tags `tag_statistics`, as tables and a plot"
     if split not in src.splits: raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}")
-    if parse_annotation(annotation.removeprefix('sim_'))[0] == 'tag': return _count_tags(src, annotation, split, out, overwrite)
+    if parse_annotation(annotation.removeprefix('sim_'))[0] == 'tag':
+        return _count_tags(src, annotation, split, out, overwrite)
     files = [out/f for f in ('labels.csv','images.csv','labels.png')] if out else []
     free_to_write(files, overwrite)
     stats,ids = label_statistics(src.pairs(annotation, split), src.classes),src.splits[split]
@@ -135,7 +140,8 @@ def _count_tags(src, annotation, split, out, overwrite):
     import matplotlib.pyplot as plt
     out.mkdir(parents=True, exist_ok=True)
     fig = stats.plot()
-    saves = (stats.per_class.to_csv, stats.together.to_csv, lambda t: write_tags(src, t, split), lambda t: fig.savefig(t, format='png', bbox_inches='tight'))
+    saves = (stats.per_class.to_csv, stats.together.to_csv, lambda t: write_tags(src, t, split),
+             lambda t: fig.savefig(t, format='png', bbox_inches='tight'))
     for f,save in zip(files, saves):
         with replacing(f) as tmp: save(tmp)
     plt.close(fig)
@@ -209,18 +215,21 @@ def run_simulate(o):
 def run_convert(o):
     "`sasformer_labels convert`"
     ids,read = label_reader(o.source, o.background, o.classes, o.within, o.outside)
-    if o.source.suffix.lower()=='.json' and o.images is None: raise ValueError("points need --images: their file does not hold the images' sizes")
+    if o.source.suffix.lower()=='.json' and o.images is None:
+        raise ValueError("points need --images: their file does not hold the images' sizes")
     if o.ids:
         wanted,known = o.ids.read_text(encoding='utf-8').split(),set(ids)
         lack = [i for i in wanted if i not in known]
-        if lack or not wanted: raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{', such as '+lack[0] if lack else ''}")
+        if lack or not wanted:
+            raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{', such as '+lack[0] if lack else ''}")
         ids = list(dict.fromkeys(wanted))
     return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite)
 
 def run_tags(o):
     "`sasformer_labels tags`"
     src = get_source(o.data, o.path)
-    if o.split != 'all' and o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}, all")
+    if o.split != 'all' and o.split not in src.splits:
+        raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}, all")
     free_to_write([o.out], o.overwrite)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_tags(src, o.out, o.split)
@@ -246,7 +255,8 @@ def main(args=None):
         stats = count_labels(src, o.annotation, o.split, o.out, o.overwrite)
     except (ValueError, OSError) as e: p.error(e)
     where = f"; see {o.out}" if o.out else ''
-    if isinstance(stats, TagStatistics): return print_tags(stats, f"tags of {len(src.splits[o.split])} images ({src.name} {o.split}){where}")
+    if isinstance(stats, TagStatistics):
+        return print_tags(stats, f"tags of {len(src.splits[o.split])} images ({src.name} {o.split}){where}")
     print(stats.per_class.to_string(float_format='{:.4f}'.format))
     print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled ({src.name} {o.split}, {o.annotation})" + where)
 

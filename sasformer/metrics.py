@@ -118,7 +118,7 @@ def _checked_groups(groups, n):
 @patch
 def group_iou(self:ConfusionMatrix,
     groups:dict,  # Name → ids of its classes, such as `Source.groups` gives
-)->dict:          # Name → mean of `iou` over those of its classes that occur; and 'harmonic', the harmonic mean of 'base' and 'novel', if both are there
+)->dict:          # Name → mean of `iou` over its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
     "mIoU by groups of classes"
     iou = self.iou
     means = {name: iou[list(ids)].nanmean().item() for name,ids in _checked_groups(groups, self.n_classes).items()}
@@ -157,7 +157,7 @@ class SegmentationMetrics:
     def __init__(self,
         n_classes:int,                                          # Number of classes
         names=('miou', 'pixel_accuracy', 'mean_accuracy'),      # Properties of `ConfusionMatrix` to report
-        groups:dict=None,                                       # Groups of classes, see `group_iou`: for each a metric `miou_<name>`, and `miou_harmonic`
+        groups:dict=None,                                       # Of classes, see `group_iou`: for each a `miou_<name>`
     ):
         self.confusion = ConfusionMatrix(n_classes)
         self.metrics = [_Shared(self, name) for name in names]
@@ -171,7 +171,7 @@ class SegmentationMetrics:
 
     def accumulate(self, learn):
         "Count the learner's current batch, without the samples that a distributed loader repeats to fill its last batch"
-        pred,target = learn.pred,learn.y[0] if isinstance(learn.y, tuple) else learn.y   # of several targets the label map comes first
+        pred,target = learn.pred,learn.y[0] if isinstance(learn.y, tuple) else learn.y   # the label map comes first
         dl = getattr(learn, 'dl', None)
         if all(hasattr(dl, o) for o in ('n', 'n_padded', 'i', 'rank', 'world_size')):
             extra = dl.rank*dl.n_padded//dl.world_size + dl.i - dl.n

@@ -250,6 +250,44 @@ def test_simulate_from_a_folder_of_masks(home, tmp_path):
     assert (read_label_map(tmp_path/'p'/f'{i}.png') == simulate(folder(home).mask(i), 'point', i)).all()
 
 
+def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
+    for d in ('images', 'codes.txt'): (tmp_path/d).symlink_to(home/d)
+    (tmp_path/'masks').mkdir()
+    (tmp_path/'masks/val').symlink_to(home/'masks/val')        # the training images have tags and nothing else
+    labels.main(f'tags --data folder --path {home} --out {tmp_path}/tags.csv'.split())
+    assert 'tags of 12 images' in capsys.readouterr().out
+    src,masks = get_source('folder', tmp_path).check(read=True),folder(home)
+    assert all(src.tags(i) == masks.tags(i) for i in src.images)
+    labels.main(f'stats --data folder --path {tmp_path} --annotation tag --out {tmp_path}/counts'.split())
+    text = capsys.readouterr().out
+    assert 'tags of 8 images (folder train)' in text and 'images that two classes are both in' in text
+    assert sorted(f.name for f in (tmp_path/'counts').iterdir()) == ['images.csv', 'labels.csv', 'labels.png', 'together.csv']
+    rows = list(csv.DictReader((tmp_path/'counts/labels.csv').open()))
+    assert [int(r['images']) for r in rows] == [sum(c in masks.tags(i) for i in masks.splits['train']) for c in range(6)]
+    out = tmp_path/'run'
+    train.main(f'--data folder --path {tmp_path} --annotation tag --method baseline --epochs 1 --size 64 --bs 4 --device cpu --out {out}'.split())
+    assert json.loads((out/'result.json').read_text())['settings']['annotation'] == 'tag'
+
+
+def test_simulated_without_novel_classes(home, tmp_path):
+    labels.main(['simulate', '--annotation', 'dense:novel=plain ring', '--data', 'folder', '--path', str(home), '--out', str(tmp_path/'dense')])
+    for i in folder(home).splits['train']:
+        mask,written = folder(home).mask(i),read_label_map(tmp_path/'dense'/f'{i}.png')
+        assert (written == np.where(mask == 5, 255, mask)).all()
+
+
+def test_faults_of_tags(home, tmp_path, capsys):
+    def bad(args, *words): fails(labels.main, args, capsys, *words)
+    (tmp_path/'tags.csv').write_text('')
+    bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'tags.csv'], 'there already', '--overwrite')
+    bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'new.csv', '--split', 'test'], '--split test')
+    bad(['stats', '--data', 'folder', '--path', home, '--annotation', 'tag:novel=moon'], "no class 'moon'")
+    bad(['simulate', '--masks', home/'masks', '--annotation', 'point:novel=moon', '--out', tmp_path/'new'], 'novel needs the names of classes')
+    with pytest.raises(SystemExit): train.main(['--data', 'folder', '--path', str(home), '--annotation', 'dense:novel=moon', '--out', str(tmp_path/'run')])
+    assert capsys.readouterr().err.startswith("sasformer_train: error: annotation 'dense:novel=moon': folder has no class 'moon'")
+    assert not (tmp_path/'new').exists() and not (tmp_path/'run').exists()
+
+
 def test_simulate_faults(home, tmp_path, capsys):
     new,before = tmp_path/'new',files(home)
     def bad(args, *words): fails(labels.main, ['simulate', *args, '--out', new], capsys, *words)
