@@ -3,7 +3,8 @@ import copy, numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from sasformer.annotations import read_label_map
-from sasformer.datasets import camvid, scenes
+from sasformer.benchmarks import camvid
+from sasformer.datasets import scenes
 from sasformer.inference import (evaluate, evaluating, image_tensor, legend, multi_scale_logits, overlay, paper_scales,
                                  predict_folder, predict_image, predict_logits, window_starts)
 from sasformer.metrics import ConfusionMatrix
