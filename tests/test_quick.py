@@ -137,7 +137,7 @@ def test_a_learner_uses_it(monkeypatch):
     from sasformer.learner import sparse_learner
     calls, plain = [], quick._backward
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
-    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32,32), 2)
     dls.train.n = 2
     for precision,method,expected in (('fp32',None,0), ('fp32',SASFormerLoss(),8), ('bf16',None,8), ('bf16',SASFormerLoss(),8)):
         calls.clear()
@@ -163,7 +163,7 @@ def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
             gc.collect()
             alive.append(len(maps))
         def after_pred(self): alive.append(len(maps))
-    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (64,64), 2)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32,32), 2)
     dls.train.n = 6
     learn = sparse_learner(dls, 'segformer_mit_b0', SASFormerLoss(), precision=precision, cbs=Look(), validate_every=2)
     for p in learn.model.backbone.parameters(): p.requires_grad_(not frozen)
