@@ -11,9 +11,9 @@ __all__ = ['CASES', 'VARIANTS', 'TREES', 'TARGETS', 'PARTS', 'PRESENT', 'LIMIT',
            'slowest_operations', 'step_benchmark', 'step_part', 'trees_part', 'inference', 'inference_part', 'find_voc',
            'stopwatch', 'short_recipe', 'training', 'training_part', 'slower_than_maps', 'slowest_trees', 'of_b4',
            'judge', 'target_table', 'brief', 'summary_part', 'find_part', 'file_name', 'machine', 'write_result',
-           'run_part', 'work', 'send_lines', 'start_worker', 'stop', 'watch', 'say', 'check', 'normal', 'closure',
-           'imported', 'lacking', 'download_wheels', 'evenly', 'voc_files', 'sample_voc', 'write_lists', 'size_of',
-           'tracked', 'install_line', 'gather', 'common_arguments', 'gpu_parser', 'main']
+           'run_part', 'work', 'send_lines', 'start_worker', 'next_line', 'stop', 'watch', 'say', 'check', 'normal',
+           'closure', 'imported', 'lacking', 'download_wheels', 'evenly', 'voc_files', 'sample_voc', 'write_lists',
+           'size_of', 'tracked', 'install_line', 'gather', 'common_arguments', 'gpu_parser', 'main']
 
 # %% ../nbs/68_gpu.ipynb #05721035
 import argparse, ast, builtins, contextlib, functools, importlib, importlib.metadata, json, os, queue, re, shutil
@@ -609,6 +609,14 @@ def start_worker(names, o, errors):
     return p, lines
 
 # %% ../nbs/68_gpu.ipynb #faebb69e
+def next_line(lines, until):
+    "The next line of a process or, at its end, `None`; a dot each 8 s in which there is none; `queue.Empty` after `until`"
+    while True:
+        try: return lines.get(timeout=min(8., max(0., until-time.monotonic())))
+        except queue.Empty:
+            if time.monotonic() >= until: raise
+            print('         …', flush=True)
+
 def stop(p):
     "End a process and those it has started"
     with contextlib.suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
@@ -626,7 +634,7 @@ def watch(
         patience = 10 if o.tiny else 1   # the limits are for a GPU
         what, current, until = None, None, time.monotonic()+60*patience
         try:
-            while (line := lines.get(timeout=max(0., until-time.monotonic()))) is not None:
+            while (line := next_line(lines, until)) is not None:
                 event = re.fullmatch(r'@(begin|end|fail|refuse) (\S+) ?(.*)', line)
                 if not event: print(f'         {line}', flush=True); continue
                 what, current, text = event.groups()
@@ -795,7 +803,7 @@ def common_arguments(p):
     "What a check and each of its processes are told"
     p.add_argument('--device', default='cuda', help="Compared with the CPU and timed: cuda, or cpu for a rehearsal")
     p.add_argument('--out', type=Path, default=Path('results/gpu'), metavar='FOLDER', help="Where the results go")
-    p.add_argument('--tiny', action='store_true', help="Sizes so small that a CPU does it all in a minute: a rehearsal")
+    p.add_argument('--tiny', action='store_true', help="Sizes so small that a CPU does it all in a minute or two: a rehearsal")
     p.add_argument('--data', type=Path, default=os.environ.get('SASFORMER_DATA') or None, metavar='FOLDER',
                    help="Folder with voc2012_subset, to train on; by default what SASFORMER_DATA names, else scenes")
     beside = Path(__file__).parents[1]/'nbs' if '__file__' in globals() else Path('.')
