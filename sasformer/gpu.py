@@ -290,12 +290,12 @@ VARIANTS = 'bare', 'affinity', 'sampled', 'maps'   # no loss, exact, a quarter o
 
 def make_step(o, model, size, batch, classes):
     "A training step of the benchmarks in which only whole steps are waited for, and the arguments it was made from"
-    from sasformer import bench
+    from sasformer import bench, measure
     if o.tiny: model, size, batch = 'mit_b0', 32, 2
     precision = 'bf16' if o.cuda else 'fp32'
     args = dict(model=model, size=size, batch=batch, classes=classes, device=o.device, precision=precision)
     words = [w for name, value in args.items() for w in (f'--{name}', str(value))]
-    step = bench.Step(bench.bench_parser().parse_args(['step', *words]))
+    step = measure.Step(bench.bench_parser().parse_args(['step', *words]))
     if o.cuda: step.quick = contextlib.nullcontext()   # it is for CPUs, and the learner leaves it out on a GPU
     return step, args
 
@@ -331,16 +331,16 @@ def slowest_operations(f, device, rows:int=12)->list:
 # %% ../nbs/68_gpu.ipynb #45510ba5
 def step_benchmark(o, classes, **sizes)->dict:
     "Time, memory, and share of the peak of a training step, bare and with each way of computing the affinity loss"
-    from sasformer import bench
+    from sasformer import measure
     step, args = make_step(o, classes=classes, **sizes)
     batch, rounds, warmup = step.batch(), *((1, 0) if o.tiny else (10, 2))
     memory = {v: step_memory(step, v, batch) for _ in range(1+warmup) for v in VARIANTS}   # the last round counts
     stages = {v: step(v, batch) for v in VARIANTS}
     with without_waiting(step):
         variants = {v: functools.partial(step, v, batch) for v in VARIANTS}
-        rows = bench.summary(bench.alternate(variants, rounds, warmup, waiter(o.device)))
-    flops = bench.step_flops(step)
-    peak = bench.matmul_peak(o.device, bench.DTYPES[args['precision']], 256 if o.tiny else None)
+        rows = measure.summary(measure.alternate(variants, rounds, warmup, waiter(o.device)))
+    flops = measure.step_flops(step)
+    peak = measure.matmul_peak(o.device, measure.DTYPES[args['precision']], 256 if o.tiny else None)
     for v, r in rows.items():
         r |= dict(share_of_peak=flops/(r['ms']/1e3)/peak, stages={k: 1e3*s for k, s in stages[v].items()})
         if o.cuda: r |= dict(peak_mb=memory[v], memory_ratio=memory[v]/memory['bare'])
