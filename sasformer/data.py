@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN_COLOUR', 'Geometry', 'warp_image', 'warp_labels', 'SparseMask', 'ImageTags', 'SparseDataset', 'shuffled',
-           'SparseDL', 'global_sum', 'colour_labels', 'blend', 'class_legend', 'show_rows', 'ToModel',
-           'sparse_dataloaders']
+           'SparseDL', 'global_sum', 'colour_labels', 'blend', 'class_legend', 'show_rows', 'statistics_of',
+           'normalise', 'denormalise', 'ToModel', 'sparse_dataloaders']
 
 # %% ../nbs/02_data.ipynb #6f9016dc
 import numpy as np, torch, torch.distributed as dist
@@ -259,17 +259,37 @@ def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     return show_rows([(x, y, size(p, y)) for (x,y),p in zip(s, out)], ('image','labels','prediction'), src, **kwargs)
 
 # %% ../nbs/02_data.ipynb #8edbaf56
+def statistics_of(
+    model,    # A segmenter, or any model
+)->tuple:     # Mean and standard deviation of red, green and blue in [0, 1]
+    "What the model's backbone expects its images to be normalised with; ImageNet's where it does not say"
+    return getattr(model, 'mean', None) or imagenet_stats[0], getattr(model, 'std', None) or imagenet_stats[1]
+
+def _columns(statistics, x, top): return (torch.tensor(s, device=x.device).view(3,1,1)*top for s in statistics)
+
+def normalise(
+    x:torch.Tensor,             # Images of 0 to 255, (…, 3, H, W)
+    statistics=imagenet_stats,  # From `statistics_of`
+)->torch.Tensor:                # float32
+    "Images as a backbone expects them"
+    mean, std = _columns(statistics, x, 255)
+    return x.sub(mean).div_(std)
+
+def denormalise(
+    x:torch.Tensor,             # From `normalise`
+    statistics=imagenet_stats,  # The same
+    top:float=255,              # The value of white
+)->torch.Tensor:                # Images of 0 to `top`, float32
+    "The images again"
+    mean, std = _columns(statistics, x, top)
+    return x*std+mean
+
 class ToModel(DisplayedTransform):
     "uint8 images to normalised floats, label maps to int64, on the batch's device"
     order = 10
-    def __init__(self, mean=imagenet_stats[0], std=imagenet_stats[1]): self.mean, self.std = mean, std
-    def _stats(self, x): return (torch.tensor(s, device=x.device).view(1,3,1,1)*255 for s in (self.mean, self.std))
-    def encodes(self, x:TensorImage):
-        mean, std = self._stats(x)
-        return x.sub(mean).div_(std)
-    def decodes(self, x:TensorImage):
-        mean, std = self._stats(x)
-        return (x*std+mean).round().clamp(0, 255)
+    def __init__(self, statistics=imagenet_stats): self.statistics = statistics
+    def encodes(self, x:TensorImage): return normalise(x, self.statistics)
+    def decodes(self, x:TensorImage): return denormalise(x, self.statistics).round().clamp(0, 255)
     def encodes(self, y:SparseMask): return y.long()
 
 def _size(size): return (size, size) if isinstance(size, int) else tuple(size)

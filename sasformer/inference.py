@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn, distributed as dist
-from fastai.vision.core import imagenet_stats
 from fastcore.basics import patch
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar, IN_NOTEBOOK
 from .annotations import replacing, voc_palette, write_label_map
+from .data import normalise, statistics_of
 from .datasets import IMAGE_SUFFIXES, open_image
 from .machine import with_lines
 from .metrics import ConfusionMatrix
@@ -35,10 +35,10 @@ def _rgb(image):
 
 def image_tensor(
     image,           # Path, PIL image, or uint8 array (H, W, 3)
+    model=None,      # For which model; None: one that expects ImageNet's statistics
 )->torch.Tensor:     # (1, 3, H, W), float32
-    "An upright image as the models expect it: RGB, ImageNet mean and standard deviation"
-    mean,std = (torch.tensor(s).view(3,1,1) for s in imagenet_stats)
-    return ((torch.tensor(_rgb(image)).permute(2,0,1)/255 - mean)/std)[None]
+    "A photograph as a model's input: upright RGB, normalised as its backbone expects"
+    return normalise(torch.tensor(_rgb(image)).permute(2,0,1), statistics_of(model))[None]
 
 # %% ../nbs/32_inference.ipynb #13ac1699
 @contextmanager
@@ -150,7 +150,7 @@ def evaluate(
     if without: raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, the first is {without[0]}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
     for i in _bar(ids, progress):
-        y = multi_scale_logits(model, image_tensor(src.image(i)), scales, flip, **kw)
+        y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
         try: cm.update(y, torch.from_numpy(src.mask(i)).long()[None].to(y.device))
         except ValueError as e: raise ValueError(f'{src.name}, image {i}: {e}') from e
     return cm.all_reduce() if distributed else cm
@@ -164,7 +164,7 @@ def predict_image(
     **kw,             # To `predict_logits`: `multiple`, `window`, `overlap`, `dtype`, `device`
 )->np.ndarray:        # Class ids (H, W), uint8, for the upright image
     "The label map of one photograph"
-    y = multi_scale_logits(model, image_tensor(image), scales, flip, **kw)[0]
+    y = multi_scale_logits(model, image_tensor(image, model), scales, flip, **kw)[0]
     if len(y) > 254: raise ValueError(f'the model scores {len(y)} classes: a label map holds at most 254')
     return y.argmax(0).byte().cpu().numpy()
 

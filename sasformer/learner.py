@@ -22,7 +22,7 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import global_sum
+from .data import ToModel, global_sum, statistics_of
 from .methods import flat_settings, parse_method
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
@@ -286,6 +286,7 @@ def sparse_learner(
         torch.manual_seed(seed)
         model = create_segmenter(model, len(src.classes), **kwargs)
     if dls.device is not None: model.to(dls.device)
+    for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel)): t.statistics = statistics_of(model)
     callbacks = [PlainTensors(), SeedEpoch(seed), Quick()]
     if channels_last: callbacks.append(ChannelsLast())
     if machine.precision=='bf16': callbacks.append(Autocast())
@@ -317,7 +318,8 @@ def save_segmenter(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
         save_file({k: v.contiguous() for k,v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
-    write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=np.asarray(palette).tolist() if palette is not None else None))
+    palette = np.asarray(palette).tolist() if palette is not None else None
+    write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette, mean=model.mean, std=model.std))
 
 def load_segmenter(
     path:Path,           # A `.safetensors` file with its `model.json` beside it, or their folder (then `best`, else `last`)
@@ -336,6 +338,7 @@ def load_segmenter(
     try: model.load_state_dict(load_file(path))
     except Exception as e: raise ValueError(f"{path}: not the weights of {meta['config']['name']}: {e}") from e
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
+    model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #39b867ab

@@ -216,6 +216,8 @@ class Segmenter(nn.Module):
         decoder:nn.Module,   # Maps its list of features, finest first, to scores; its last layer is `classify`
         config:dict=None,    # Arguments of `create_segmenter` that make this model again
         multiple:int=1,      # Height and width are padded to a multiple of this
+        mean:tuple=None,     # Of red, green and blue in [0, 1] that the backbone expects; None: ImageNet's
+        std:tuple=None,      # Their standard deviation
     ):
         super().__init__()
         store_attr()
@@ -315,4 +317,5 @@ def create_segmenter(
     if decoder == 'deeplabv3plus': options['stride'] = stride
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
     whole = decoder == 'hrnet' or is_model_in_modules(backbone, _vits)   # these need whole patches
-    return Segmenter(net, head, config, stride if whole else 1)
+    statistics = timm.get_pretrained_cfg(backbone)
+    return Segmenter(net, head, config, stride if whole else 1, tuple(statistics.mean), tuple(statistics.std))

@@ -10,10 +10,10 @@ import torch, torch.nn.functional as F
 from collections import OrderedDict
 from torch import nn, Tensor
 from fastcore.all import *
-from fastai.vision.all import imagenet_stats, num_distrib
+from fastai.vision.all import num_distrib
 from .annotations import UNLABELLED
 from .methods import Method, not_negative, positive, register_method
-from .data import global_sum
+from .data import denormalise, global_sum, statistics_of
 from .terms import LossTerm
 from .treefilter import affinity_to_parent, grid_distances, tree_filter, tree_of
 
@@ -122,8 +122,8 @@ def prepare(self:TreeEnergyLoss):
 @patch
 def _low(self:TreeEnergyLoss, size):
     "The batch's images in [0, 1], at the size of the prediction"
-    mean, std = (torch.tensor(s, device=self.x.device).view(1,3,1,1) for s in imagenet_stats)
-    return F.interpolate(self.x.as_subclass(Tensor).float()*std+mean, size, mode='bilinear', align_corners=False)
+    x = denormalise(self.x.as_subclass(Tensor).float(), statistics_of(self.bare), 1)
+    return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
 @patch
 def _high(self:TreeEnergyLoss, size):
