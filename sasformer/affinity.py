@@ -20,8 +20,9 @@ class AffinityLoss(SASFormerLoss):
 
 # %% ../nbs/97_affinity.ipynb #019d0ec8
 def __getattr__(name):
-    if name not in _new.__all__: raise AttributeError(f"sasformer.affinity has no {name}")
+    if name not in __all__: raise AttributeError(f"sasformer.affinity has no {name}")
     warnings.warn("sasformer.affinity is now sasformer.sasformer", DeprecationWarning, stacklevel=2)
     return getattr(_new, name)
 
-__all__ = ['AffinityLoss', *_new.__all__]
+_options = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'Form']   # what `sasformer.methods` holds of it now
+__all__ = ['AffinityLoss', *_new.__all__, *_options]

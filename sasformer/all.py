@@ -8,9 +8,13 @@ __all__ = []
 # %% ../nbs/99_all.ipynb #247df0b8
 from .annotations import *
 from .datasets import *
+from .machine import *
 from .data import *
+from .benchmarks import *
+from .downloads import *
 from .treefilter import *
 from .ltf import *
+from .methods import *
 from .mit import *
 from .segmenters import *
 from .attention import *

@@ -283,6 +283,8 @@ def _last_layer(name, pretrained, **kw):
 def _backbone(decoder, name, pretrained, **kw):
     "Features as the decoder needs them, or an error that says what timm did not like"
     if is_model_in_modules(name, _vits): kw = dict(dynamic_img_size=True) | kw
+    hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
+    if hub: mit.check_hub(hub)
     try: return _last_layer(name, pretrained, **kw) if _modules.get(decoder) == _vits else _pyramid(decoder, name, pretrained, **kw)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as e:
         raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: {type(e).__name__}: {e}') from e

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['soft_labels', 'tree_energy', 'tree_embedding', 'TreeEnergyLoss']
 
-# %% ../nbs/21_tel.ipynb #79bcd0e5
+# %% ../nbs/21_tel.ipynb #97013089
 import torch, torch.nn.functional as F
 from collections import OrderedDict
 from torch import nn, Tensor
 from fastcore.all import *
 from fastai.vision.all import imagenet_stats, num_distrib
 from .annotations import UNLABELLED
+from .methods import Method, not_negative, positive, register_method
 from .data import global_sum
 from .terms import LossTerm
 from .treefilter import affinity_to_parent, grid_distances, tree_filter, tree_of
@@ -117,7 +118,7 @@ def prepare(self:TreeEnergyLoss):
     if self._features is None: raise RuntimeError("the decoder's `classify` was not run: is the model compiled?")
     self._embedded = self.bare.auxiliary['tree'](self._features).float()
 
-# %% ../nbs/21_tel.ipynb #ab509321
+# %% ../nbs/21_tel.ipynb #9db0f10f
 @patch
 def _low(self:TreeEnergyLoss, size):
     "The batch's images in [0, 1], at the size of the prediction"

@@ -5,7 +5,8 @@ import numpy as np, pytest
 from PIL import Image
 from sasformer import evaluate, labels, predict, train
 from sasformer.annotations import SCRIBBLE_TAGS, read_label_map, simulate, write_label_map
-from sasformer.datasets import folder, get_source, open_image, scenes
+from sasformer.benchmarks import get_source
+from sasformer.datasets import folder, open_image, scenes
 
 PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_predict='predict', sasformer_labels='labels')
 
@@ -56,7 +57,8 @@ def fails(main, args, capsys, *words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: main([str(a) for a in args])
     out,err = capsys.readouterr()
-    assert e.value.code == 2 and err.count('\n') == 1 and err.startswith('sasformer_') and ': error: ' in err and not out, err + out
+    assert e.value.code == 2 and err.count('\n') == 1 and err.startswith('sasformer_') and ': error: ' in err, err + out
+    assert not out or out.count('\n') == 1 and ' on cpu, ' in out, out   # at most the line that says on what it computes
     for w in words: assert str(w) in err, err
 
 
@@ -76,7 +78,7 @@ def test_every_argument_is_documented(p):
 
 def test_every_argument_of_sasformer_data_is_documented(capsys, monkeypatch):
     from fastcore.script import anno_parser
-    from sasformer.datasets import download_cli
+    from sasformer.downloads import download_cli
     for a in anno_parser(getattr(download_cli, '__wrapped__', download_cli), 'sasformer_data')._actions:
         if a.dest not in ('pdb', 'xtra'): assert a.help and a.help.split('(default')[0].strip(), f'sasformer_data: {a.dest} has no help'
 
@@ -91,10 +93,22 @@ def test_as_a_program(module, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_labels_need_no_torch():
-    code = "import sys, sasformer.labels; print('torch' in sys.modules)"
+@pytest.mark.parametrize('module,wrong', [
+    ('train', ['--epochs', '0']), ('train', ['--method', 'sasformer:alpha=-1']), ('train', ['--method', 'sasform']), ('train', ['--annotation', 'dots']),
+    ('evaluate', []), ('evaluate', ['run', '--scales', '0']), ('predict', []), ('predict', ['run', 'none', '--out', 'x']), ('labels', ['stats']),
+    ('paper', ['run', 'table9']), ('bench', ['step', '--variants', 'magic']), ('demo', ['--epochs', 'many'])])
+def test_help_and_wrong_arguments_need_no_torch(module, wrong):
+    "Nor anything else that takes seconds to load"
+    code = f"""import sys
+from importlib import import_module
+main = import_module('sasformer.{module}').main
+for args in (['--help'], {wrong!r}):
+    try: main(args)
+    except SystemExit as e: print(e.code)
+print([m for m in ('torch', 'fastai', 'timm', 'numba', 'pandas', 'matplotlib') if m in sys.modules])"""
     env = dict(os.environ, PYTHONPATH=str(Path(train.__file__).parents[1]))
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env).stdout == 'False\n'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
+    assert done.stdout.splitlines()[-3:-2] == ['0'] and done.stdout.splitlines()[-2:] == ['2', '[]'], done.stdout[-300:]+done.stderr
 
 
 def test_entry_points_exist():
@@ -234,6 +248,44 @@ def test_simulate_from_a_folder_of_masks(home, tmp_path):
     assert len(list((tmp_path/'p').iterdir())) == 12
     i = folder(home).splits['train'][0]
     assert (read_label_map(tmp_path/'p'/f'{i}.png') == simulate(folder(home).mask(i), 'point', i)).all()
+
+
+def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
+    for d in ('images', 'codes.txt'): (tmp_path/d).symlink_to(home/d)
+    (tmp_path/'masks').mkdir()
+    (tmp_path/'masks/val').symlink_to(home/'masks/val')        # the training images have tags and nothing else
+    labels.main(f'tags --data folder --path {home} --out {tmp_path}/tags.csv'.split())
+    assert 'tags of 12 images' in capsys.readouterr().out
+    src,masks = get_source('folder', tmp_path).check(read=True),folder(home)
+    assert all(src.tags(i) == masks.tags(i) for i in src.images)
+    labels.main(f'stats --data folder --path {tmp_path} --annotation tag --out {tmp_path}/counts'.split())
+    text = capsys.readouterr().out
+    assert 'tags of 8 images (folder train)' in text and 'images that two classes are both in' in text
+    assert sorted(f.name for f in (tmp_path/'counts').iterdir()) == ['images.csv', 'labels.csv', 'labels.png', 'together.csv']
+    rows = list(csv.DictReader((tmp_path/'counts/labels.csv').open()))
+    assert [int(r['images']) for r in rows] == [sum(c in masks.tags(i) for i in masks.splits['train']) for c in range(6)]
+    out = tmp_path/'run'
+    train.main(f'--data folder --path {tmp_path} --annotation tag --method baseline --epochs 1 --size 64 --bs 4 --device cpu --out {out}'.split())
+    assert json.loads((out/'result.json').read_text())['settings']['annotation'] == 'tag'
+
+
+def test_simulated_without_novel_classes(home, tmp_path):
+    labels.main(['simulate', '--annotation', 'dense:novel=plain ring', '--data', 'folder', '--path', str(home), '--out', str(tmp_path/'dense')])
+    for i in folder(home).splits['train']:
+        mask,written = folder(home).mask(i),read_label_map(tmp_path/'dense'/f'{i}.png')
+        assert (written == np.where(mask == 5, 255, mask)).all()
+
+
+def test_faults_of_tags(home, tmp_path, capsys):
+    def bad(args, *words): fails(labels.main, args, capsys, *words)
+    (tmp_path/'tags.csv').write_text('')
+    bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'tags.csv'], 'there already', '--overwrite')
+    bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'new.csv', '--split', 'test'], '--split test')
+    bad(['stats', '--data', 'folder', '--path', home, '--annotation', 'tag:novel=moon'], "no class 'moon'")
+    bad(['simulate', '--masks', home/'masks', '--annotation', 'point:novel=moon', '--out', tmp_path/'new'], 'novel needs the names of classes')
+    with pytest.raises(SystemExit): train.main(['--data', 'folder', '--path', str(home), '--annotation', 'dense:novel=moon', '--out', str(tmp_path/'run')])
+    assert capsys.readouterr().err.startswith("sasformer_train: error: annotation 'dense:novel=moon': folder has no class 'moon'")
+    assert not (tmp_path/'new').exists() and not (tmp_path/'run').exists()
 
 
 def test_simulate_faults(home, tmp_path, capsys):

@@ -179,9 +179,9 @@ class Edit(Callback):
     def __init__(self, edit=None): self.edit = edit
     def before_fit(self): self.total, self.entropy, self.grads, self.terms = [], [], [], []
     def before_batch(self):
-        if self.edit is not None: self.learn.yb = (self.edit(self.y.clone()),)
+        if self.edit is not None: self.learn.yb = (self.edit(self.yb[0].clone()), *self.yb[1:])
     def after_loss(self):
-        if self.training: self.total.append(self.loss.item()); self.entropy.append(partial_cross_entropy(self.pred, self.y).item())
+        if self.training: self.total.append(self.loss.item()); self.entropy.append(partial_cross_entropy(self.pred, self.yb[0]).item())
     def before_step(self): self.grads.append([None if p.grad is None else p.grad.clone() for p in self.model.auxiliary.parameters()] if hasattr(self.model, 'auxiliary') else [])
 
 
@@ -226,7 +226,7 @@ def test_what_counts(source):
             P = self.pred.softmax(1)
             image = self.x*torch.tensor([.229, .224, .225]).view(1, 3, 1, 1) + torch.tensor([.485, .456, .406]).view(1, 3, 1, 1)
             Y = soft_labels(P, F.interpolate(image, P.shape[2:], mode='bilinear'))
-            on = F.interpolate(self.y[:, None].float(), P.shape[2:])[:, 0] == UNLABELLED
+            on = F.interpolate(self.yb[0][:, None].float(), P.shape[2:])[:, 0] == UNLABELLED
             self.learn.expected = ((P-Y).abs().sum(1)*on).sum().item()/on.sum().item()
     def some(y):
         y[:, :, :32] = PADDING
