@@ -226,6 +226,18 @@ def test_layers_of_its_own_get_a_gradient_before_start(dls):
     assert learn.tree_energy_loss.epochs[0] == {} and learn.tree_energy_loss.epochs[1]['tree'] > 0
 
 
+def test_curves(dls):
+    "Each term under its own name, from the epoch on in which it came in"
+    from matplotlib import pyplot as plt
+    from sasformer.train import plot_curves
+    learn = fit(make(dls, Confidence(), Other(start=1), SASFormerLoss(form=Form(blocks=(1, 3)), start=.5)), 2)
+    rows = [dict(epoch=i+1, train_loss=1., miou=.5, lr=.1, **learn.confidence.epochs[i], **learn.sasformer_loss.epochs[i]) for i in range(2)]
+    fig = plot_curves(rows)
+    lines = {l.get_label(): list(l.get_xdata()) for ax in fig.axes for l in ax.lines}
+    plt.close(fig)
+    assert lines == dict(train_loss=[1, 2], miou=[1, 2], square=[1, 2], top=[1, 2], aff1=[2], aff3=[2])
+
+
 PROGRAM = '''
 import sys, torch, torch.distributed as dist
 rank, world = int(sys.argv[1]), 2
