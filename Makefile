@@ -46,5 +46,6 @@ notebooks: $(VENV)/.installed
 readme: $(VENV)/.installed
 	$(BIN)/python tests/render_readme.py
 
+# only what can be made again in minutes: trained models in demo/ and runs/ stay
 clean:
-	rm -rf $(VENV) demo runs *.egg-info .pytest_cache _proc
+	rm -rf $(VENV) *.egg-info .pytest_cache _proc

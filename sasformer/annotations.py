@@ -4,22 +4,20 @@
 
 # %% auto #0
 __all__ = ['UNLABELLED', 'PADDING', 'VOC_CLASSES', 'SCRIBBLE_TAGS', 'AnnotationError', 'check_label_map', 'voc_palette',
-           'read_label_map', 'replacing', 'write_label_map', 'Point', 'Line', 'draw_points', 'draw_lines', 'PointFile',
-           'ScribbleXML', 'image_seed', 'image_tags', 'simulate_points', 'centre_line', 'simulate_scribbles',
-           'simulate_blocks', 'parse_annotation', 'simulate', 'LabelStatistics', 'label_statistics']
+           'read_label_map', 'replacing', 'write_json', 'write_label_map', 'Point', 'Line', 'draw_points', 'draw_lines',
+           'PointFile', 'ScribbleXML', 'image_seed', 'image_tags', 'simulate_points', 'centre_line',
+           'simulate_scribbles', 'simulate_blocks', 'parse_annotation', 'simulate', 'LabelStatistics',
+           'label_statistics', 'TagStatistics', 'tag_statistics']
 
 # %% ../nbs/00_annotations.ipynb #3a9bbc1b
 import contextlib, hashlib, inspect, json, math, os, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
-import numpy as np, pandas as pd
+import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
 from fastcore.basics import patch
 from PIL import Image
-from scipy import ndimage, sparse
-from scipy.sparse import csgraph
-from skimage import draw, measure, morphology
 
 # %% ../nbs/00_annotations.ipynb #8071090f
 UNLABELLED = 255  # the pixel has a class, but nobody has said which
@@ -40,7 +38,8 @@ def check_label_map(
         raise AnnotationError(f'{name}: expected integer ids (H, W), found {label_map.dtype} {label_map.shape}')
     if shape is not None and label_map.shape != tuple(shape):
         raise AnnotationError(f'{name}: is {label_map.shape} (H, W), expected {tuple(shape)}')
-    values = np.unique(label_map)
+    # counting bytes is several times faster than sorting them
+    values = np.flatnonzero(np.bincount(label_map.ravel())) if label_map.dtype == np.uint8 else np.unique(label_map)
     if len(values) and not 0 <= values[0] <= values[-1] <= 255:
         bad = values[0] if values[0] < 0 else values[-1]
         raise AnnotationError(f'{name}: id {bad} does not fit a label map (0..253, {PADDING} padding, {UNLABELLED} unlabelled)')
@@ -102,6 +101,13 @@ def replacing(
         yield unfinished
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
+
+def write_json(
+    path,  # File to write
+    data,  # What JSON can hold
+):
+    "Write `data` as JSON, replacing the file in one step"
+    with replacing(path) as unfinished: unfinished.write_text(json.dumps(data, indent=1)+'\n', encoding='utf-8')
 
 def write_label_map(
     path,         # Where to; an existing file is replaced, in one step
@@ -181,6 +187,7 @@ def draw_lines(
     name='lines',     # What an error calls them
 )->np.ndarray:        # Label map, (H, W) uint8
     "Draw polylines with round joints and ends on an unlabelled map"
+    from skimage import draw
     label_map = np.full(shape, UNLABELLED, np.uint8)
     for cls,xy in lines:
         xy = _pixels(xy, shape, outside, name)
@@ -353,11 +360,13 @@ def image_tags(
     mask,     # Label map, dense or sparse, (H, W)
 )->list:      # Class ids, ascending
     "Which classes are in the image, and not where"
-    return [int(i) for i in np.unique(check_label_map(mask)) if i < PADDING]
+    return np.flatnonzero(np.bincount(check_label_map(mask).ravel(), minlength=256)[:PADDING]).tolist()
 
 # %% ../nbs/00_annotations.ipynb #76a686a2
 def _regions(mask, per, min_area):
     "Yield (class id, crop, region in the crop) of every annotated component, or class, of a dense mask"
+    from scipy import ndimage    # imported where they are used, so that a program is quick to say what it takes
+    from skimage import measure
     if per not in ('component', 'class'): raise AnnotationError(f"per={per!r}: expected 'component' or 'class'")
     if not 0 <= min_area < 1: raise AnnotationError(f'min_area={min_area}: expected a share of the image, at least 0, below 1')
     ids = mask.astype(int) + 1
@@ -388,6 +397,7 @@ def simulate_points(
     min_area=0.0005, # Smallest component (or class) that gets a point, as a share of the image
 )->np.ndarray:       # Label map, (H, W) uint8
     "Clicks: one pixel per region, anywhere at least half as deep inside as the region's deepest pixel"
+    from scipy import ndimage
     mask,rng = check_label_map(mask, name='mask'),np.random.default_rng(seed)
     label_map = _unlabelled(mask)
     _disc(diameter)
@@ -401,6 +411,8 @@ def simulate_points(
 # %% ../nbs/00_annotations.ipynb #901d2db1
 def _longest_path(skeleton):
     "Pixels (N, 2) of the longest shortest path through a skeleton, found by walking to the far end twice"
+    from scipy import sparse
+    from scipy.sparse import csgraph
     pixels = np.argwhere(skeleton)
     number = np.full(np.add(skeleton.shape, 2), -1)
     number[1:-1, 1:-1][skeleton] = np.arange(len(pixels))
@@ -434,6 +446,8 @@ def centre_line(
     smoothness=25,  # Longest window of the moving average, in pixels
 )->np.ndarray:      # Neighbouring pixels (row, column), (N, 2), all inside the region
     "The line an annotator would draw: the longest path through the skeleton, smoothed as far as it stays inside"
+    from scipy import ndimage
+    from skimage import morphology
     if not np.any(region): raise AnnotationError('an empty region has no centre line')
     path = _longest_path(morphology.skeletonize(region))
     if len(path) < 1.4*math.sqrt(np.count_nonzero(region)/math.pi):  # as short as only that of a round thing can be
@@ -501,30 +515,41 @@ def simulate_blocks(
 
 # %% ../nbs/00_annotations.ipynb #540e0e96
 def _dense(mask, seed=0): return check_label_map(mask, name='mask').copy()
+def _tags_only(mask, seed=0): return _unlabelled(check_label_map(mask, name='mask'))
 
 _SIMULATORS = {'dense': (_dense, {}), 'point': (simulate_points, {}), 'scribble': (simulate_scribbles, {}),
-               **{f'block{p}': (simulate_blocks, dict(share=p/100)) for p in (10, 20, 50)}}
+               **{f'block{p}': (simulate_blocks, dict(share=p/100)) for p in (10, 20, 50)}, 'tag': (_tags_only, {})}
 
 def _options(kind):
     "Options of a kind of annotation, with their defaults"
     simulator,fixed = _SIMULATORS[kind]
     return {k: p.default for k,p in inspect.signature(simulator).parameters.items() if k != 'mask' and k not in fixed}
 
+def _novel(value):
+    "Class names with + between them"
+    names = tuple(o.strip() for o in value.split('+'))
+    if not all(names): raise ValueError
+    return names
+
 def parse_annotation(
-    spec:str, # A kind, and options if need be: 'scribble:length=0.5,drop=0.2,width=3,seed=1'
+    spec:str, # A kind, and options if need be: 'scribble:length=0.5,drop=0.2,width=3,seed=1', 'dense:novel=cow+bicycle'
 )->tuple:     # (kind, dict of the options that were given)
     "Read the name of an annotation; a wrong one is answered with what there is"
     kind,_,rest = spec.partition(':')
     if kind not in _SIMULATORS: raise AnnotationError(f'annotation {spec!r}: unknown kind {kind!r}, expected one of {", ".join(_SIMULATORS)}')
-    known,given = _options(kind),{}
+    known,given = {**_options(kind), 'novel': ()},{}
     for option in filter(None, (o.strip() for o in rest.split(','))):
         name,_,value = (s.strip() for s in option.partition('='))
         if name not in known: raise AnnotationError(f'annotation {spec!r}: unknown option {name!r}, {kind} has {", ".join(known)}')
         if name in given: raise AnnotationError(f'annotation {spec!r}: option {name!r} comes twice')
-        convert = type(known[name]) if known[name] is not None else int
+        if name == 'novel': convert,expected = _novel,'class names with + between them'
+        else:
+            convert = type(known[name]) if known[name] is not None else int
+            expected = convert.__name__
         try: given[name] = convert(value)
-        except ValueError as e: raise AnnotationError(f'annotation {spec!r}: {name} is {value!r}, expected {convert.__name__}') from e
-    try: simulate(np.full((1, 1), UNLABELLED), (kind, given), '')  # the simulator itself judges the values
+        except ValueError as e: raise AnnotationError(f'annotation {spec!r}: {name} is {value!r}, expected {expected}') from e
+    drawn = {k: v for k,v in given.items() if k != 'novel'}
+    try: simulate(np.full((1, 1), UNLABELLED), (kind, drawn), '')  # the simulator itself judges the values
     except AnnotationError as e: raise AnnotationError(f'annotation {spec!r}: {e}') from e
     return kind,given
 
@@ -536,6 +561,8 @@ def simulate(
 )->np.ndarray:  # Label map, (H, W) uint8
     "The sparse label map that an annotator of this kind might have left of a dense mask"
     kind,options = parse_annotation(spec) if isinstance(spec, str) else spec
+    if options.get('novel'):
+        raise AnnotationError(f"novel={'+'.join(options['novel'])}: a mask does not know the names of classes, `Source.annotation` does")
     simulator,fixed = _SIMULATORS[kind]
     options = {**options, **fixed}
     return simulator(mask, seed=image_seed(options.pop('seed', 0), name), **options)
@@ -544,8 +571,8 @@ def simulate(
 @dataclass
 class LabelStatistics:
     "What a data set's sparse labels hold; made by `label_statistics`"
-    per_image:pd.DataFrame  # A row per image: pixels (without padding), labelled pixels, their share, classes, missing classes
-    per_class:pd.DataFrame  # A row per class: labelled pixels, their share of all labels, images with a label; with dense masks more
+    per_image:object  # Data frame, a row per image: pixels (without padding), labelled pixels, their share, classes, missing classes
+    per_class:object  # Data frame, a row per class: labelled pixels, their share of all labels, images with a label; with dense masks more
     missing:list            # (image's position, class id) of every class that an image contains and does not label
 
     @property
@@ -559,6 +586,7 @@ def label_statistics(
     classes,  # Names of the classes, in the order of their ids
 )->LabelStatistics:
     "Count what is labelled, and, where dense masks are given, what is not"
+    import pandas as pd
     n,rows,sparse_counts,dense_counts,wrong = len(classes),[],[],[],np.zeros(len(classes), int)
     for i,(labels,mask) in enumerate(pairs):
         labels = check_label_map(labels, n, name=f'image {i}')
@@ -600,4 +628,43 @@ def plot(self:LabelStatistics):
         contain,lack = table['images that contain it'],table['images that lack it']
         axs[2].barh(table.index, contain - lack, label='labelled'); axs[2].barh(table.index, lack, left=contain - lack, label='contained, not labelled')
         axs[2].set(title='Images that contain the class', xlabel='images'); axs[2].invert_yaxis(); axs[2].legend(loc='upper left', bbox_to_anchor=(1, 1))
+    return fig
+
+# %% ../nbs/00_annotations.ipynb #1a9c0003
+@dataclass
+class TagStatistics:
+    "In how many images a class is, and beside which others; made by `tag_statistics`"
+    per_class:object  # Data frame, a row per class: images it is in, their share, images in which it is alone
+    together:object   # Data frame, images that both classes are in, (C, C); on the diagonal the images of each
+
+    def _repr_html_(self): return self.per_class.to_html(float_format='{:.4f}'.format)
+
+def tag_statistics(
+    tags,     # Iterable of the class ids in each image
+    classes,  # Names of the classes, in the order of their ids
+)->TagStatistics:
+    "Count images by class and by pair of classes"
+    import pandas as pd
+    tags = list(tags)
+    on = np.zeros((len(tags), len(classes)), int)
+    for i,ids in enumerate(tags): on[i, list(ids)] = 1
+    names = pd.Index(list(classes), name='class')
+    images = on.sum(0)
+    per_class = pd.DataFrame({'images': images, 'share of images': images/max(1, len(tags)), 'alone': on[on.sum(1) == 1].sum(0)}, index=names)
+    return TagStatistics(per_class, pd.DataFrame(on.T @ on, index=names, columns=list(classes)))
+
+# %% ../nbs/00_annotations.ipynb #1a9c0004
+@patch
+def plot(self:TagStatistics):
+    "Images per class, and a map of the classes that come together"
+    import matplotlib.pyplot as plt  # here, because training does not need it
+    n = len(self.together)
+    fig,axs = plt.subplots(1, 2, figsize=(6 + .3*n, 1.6 + .24*n), dpi=80, layout='constrained')
+    axs[0].barh(self.per_class.index, self.per_class.images)
+    axs[0].set(title='Images that contain the class', xlabel='images'); axs[0].invert_yaxis()
+    pairs = self.together.to_numpy() / np.maximum(1, self.per_class.images.to_numpy())[:, None]
+    picture = axs[1].imshow(pairs, vmin=0, vmax=1, cmap='Greys')
+    axs[1].set(title='Share of the images of a row that also contain the column', yticks=range(n), yticklabels=self.together.index)
+    axs[1].set_xticks(range(n), self.together.columns, rotation=90)
+    fig.colorbar(picture, ax=axs[1])
     return fig

@@ -24,9 +24,11 @@ from types import SimpleNamespace
 # %% ../nbs/68_gpu.ipynb #ac7f9479
 def methods()->SimpleNamespace:
     "What is compared and timed"
-    from sasformer.affinity import DISTANCES, FORMS, Form, affinity_loss, combine, counted_rows, draw_every
+    from sasformer.affinity import affinity_loss, combine, counted_rows, draw_every
     from sasformer.attention import QK, AttentionTap, attention_map
-    from sasformer.tree import edge_affinity, minimum_spanning_tree, soft_labels, tree_energy, tree_filter
+    from sasformer.methods import DISTANCES, FORMS, Form
+    from sasformer.tel import soft_labels, tree_energy
+    from sasformer.treefilter import edge_affinity, minimum_spanning_tree, tree_filter
     return SimpleNamespace(**locals())
 
 # %% ../nbs/68_gpu.ipynb #0bb670ff
@@ -289,12 +291,13 @@ VARIANTS = 'bare', 'affinity', 'sampled', 'maps'   # no loss, exact, a quarter o
 
 def make_step(o, model, size, batch, classes):
     "A training step of the benchmarks in which only whole steps are waited for, and the arguments it was made from"
-    from sasformer import bench
+    from sasformer.bench import bench_parser
+    from sasformer.measure import Step
     if o.tiny: model, size, batch = 'mit_b0', 32, 2
     precision = 'bf16' if o.cuda else 'fp32'
     args = dict(model=model, size=size, batch=batch, classes=classes, device=o.device, precision=precision)
     words = [w for name, value in args.items() for w in (f'--{name}', str(value))]
-    step = bench.Step(bench.bench_parser().parse_args(['step', *words]))
+    step = Step(bench_parser().parse_args(['step', *words]))
     if o.cuda: step.quick = contextlib.nullcontext()   # it is for CPUs, and the learner leaves it out on a GPU
     return step, args
 
@@ -330,16 +333,17 @@ def slowest_operations(f, device, rows:int=12)->list:
 # %% ../nbs/68_gpu.ipynb #45510ba5
 def step_benchmark(o, classes, **sizes)->dict:
     "Time, memory, and share of the peak of a training step, bare and with each way of computing the affinity loss"
-    from sasformer import bench
+    from sasformer.machine import DTYPES
+    from sasformer.measure import alternate, matmul_peak, step_flops, summary
     step, args = make_step(o, classes=classes, **sizes)
     batch, rounds, warmup = step.batch(), *((1, 0) if o.tiny else (10, 2))
     memory = {v: step_memory(step, v, batch) for _ in range(1+warmup) for v in VARIANTS}   # the last round counts
     stages = {v: step(v, batch) for v in VARIANTS}
     with without_waiting(step):
         variants = {v: functools.partial(step, v, batch) for v in VARIANTS}
-        rows = bench.summary(bench.alternate(variants, rounds, warmup, waiter(o.device)))
-    flops = bench.step_flops(step)
-    peak = bench.matmul_peak(o.device, bench.DTYPES[args['precision']], 256 if o.tiny else None)
+        rows = summary(alternate(variants, rounds, warmup, waiter(o.device)))
+    flops = step_flops(step)
+    peak = matmul_peak(o.device, DTYPES[args['precision']], 256 if o.tiny else None)
     for v, r in rows.items():
         r |= dict(share_of_peak=flops/(r['ms']/1e3)/peak, stages={k: 1e3*s for k, s in stages[v].items()})
         if o.cuda: r |= dict(peak_mb=memory[v], memory_ratio=memory[v]/memory['bare'])
@@ -360,7 +364,7 @@ TREES = 'trees of colours', 'trees of features'
 def trees_part(o):
     "Minimum spanning trees, the filter along them, and the tree energy loss, forward and backward"
     import torch
-    from sasformer.bench import alternate, summary
+    from sasformer.measure import alternate, summary
     m, (B, n, K, C) = methods(), (2, 16, 8, 3) if o.tiny else (8, 128, 256, 21)
     smooth = torch.nn.Upsample(scale_factor=8, mode='bilinear')
     low, high = (smooth(torch.rand(B, c, n//8, n//8, device=o.device)) for c in (3, K))
@@ -379,7 +383,7 @@ def trees_part(o):
 def inference(o, model, batch, size)->dict:
     "Images a second of transformers' SegFormer and of ours, in float32 and bf16, and by how much the scores differ"
     import torch, torch.nn.functional as F
-    from sasformer.bench import alternate, equal_models, summary
+    from sasformer.measure import alternate, equal_models, summary
     from sasformer.inference import predict_logits
     ours, theirs = (net.to(o.device) for net in equal_models(model, 21))
     x = torch.randn(batch, 3, size, size, device=o.device)
@@ -554,12 +558,12 @@ def file_name(part): return part.replace(':', '_').replace('.', '_')
 @functools.cache
 def machine():
     "The environment of this process, asked for once"
-    from sasformer.learner import environment
+    from sasformer.machine import environment
     return environment()
 
 def write_result(o, part, file, result):
     "A result with its run, its part and the machine"
-    from sasformer.learner import write_json
+    from sasformer.annotations import write_json
     head = dict(run=o.run, part=part, device=o.device, tiny=o.tiny, environment=machine())
     write_json(o.out/f'{file}.json', dict(head, **result))
 
@@ -579,9 +583,9 @@ def run_part(name, o)->bool:
 # %% ../nbs/68_gpu.ipynb #a0e3c275
 def work(o)->int:
     "The parts of a process: each says when it begins and ends; the first that fails is the last"
-    import torch
-    try: torch.zeros(1, device=o.device)
-    except Exception as e: print(f'@refuse {o.device} {str(e).splitlines()[0]}', flush=True); return 2
+    from sasformer.machine import choose_device
+    try: choose_device(o.device)
+    except ValueError as e: print(f'@refuse {o.device} {e}', flush=True); return 2
     for name in o.names:
         print(f'@begin {name}', flush=True)
         well = run_part(name, o)
@@ -637,7 +641,7 @@ def watch(
                 event = re.fullmatch(r'@(begin|end|fail|refuse) (\S+) ?(.*)', line)
                 if not event: print(f'         {line}', flush=True); continue
                 what, current, text = event.groups()
-                if what == 'refuse': raise ValueError(f'device {current}: {text}')
+                if what == 'refuse': raise ValueError(text)
                 until = time.monotonic()+find_part(current)[1]*patience
                 if current != 'summary': until = min(until, ends)
                 yield what, current, ''
@@ -699,7 +703,7 @@ def closure(
 # %% ../nbs/68_gpu.ipynb #62b9f6bf
 def imported()->set:
     "Distributions of everything that the package, its learner and its benchmarks import"
-    code = 'import sys, sasformer.all, sasformer.bench; print(*{m.partition(".")[0] for m in sys.modules})'
+    code = 'import sys, sasformer.all, sasformer.measure; print(*{m.partition(".")[0] for m in sys.modules})'
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     owners = importlib.metadata.packages_distributions()
     return {normal(d) for m in done.stdout.split() for d in owners.get(m, ())}

@@ -20,6 +20,7 @@ from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar, IN_NOTEBOOK
 from .annotations import replacing, voc_palette, write_label_map
 from .datasets import IMAGE_SUFFIXES, open_image
+from .machine import with_lines
 from .metrics import ConfusionMatrix
 from .quick import QuickAttention
 
@@ -127,9 +128,10 @@ def multi_scale_logits(
 
 # %% ../nbs/32_inference.ipynb #95ca0534
 def _bar(it, progress):
-    "`progress` is a function that wraps an iterable, or True: a bar where somebody can see it move"
+    "`progress` is a function that wraps an iterable, or True: a bar where it can move, else a line every few seconds"
     if callable(progress): return progress(it)
-    return progress_bar(it) if progress and (IN_NOTEBOOK or sys.stdout.isatty()) else it
+    if not progress: return it
+    return progress_bar(it) if IN_NOTEBOOK or sys.stdout.isatty() else with_lines(it, 'images')
 
 def evaluate(
     model:nn.Module,    # Gives scores (B, C, h, w)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['free_to_write', 'simulate_labels', 'label_reader', 'convert_labels', 'count_labels', 'stroke', 'labels_parser',
-           'run_simulate', 'run_convert', 'main']
+           'run_simulate', 'run_convert', 'run_tags', 'print_tags', 'main']
 
 # %% ../nbs/63_labels.ipynb #17ecdb05
 import argparse, sys
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
-from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, label_statistics, parse_annotation, read_label_map,
-                                   replacing, simulate, write_label_map)
-from .datasets import SOURCES, Source, get_source, _class_names, _listing
+from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, TagStatistics, label_statistics, parse_annotation, read_label_map,
+                                   replacing, simulate, tag_statistics, write_label_map)
+from .benchmarks import SOURCES, get_source
+from .datasets import Source, write_tags, _class_names, _listing
 
 # %% ../nbs/63_labels.ipynb #2588e6cb
 def free_to_write(
@@ -45,17 +46,18 @@ def simulate_labels(
     spec = parse_annotation(annotation.removeprefix('sim_'))
     if masks is not None:
         files,palette = _listing(masks, 'dense masks', ('.png',), recurse=True),None
-        read,ids = lambda i: read_label_map(files[i]),list(files)
+        draw,ids = lambda i: simulate(read_label_map(files[i]), spec, i),list(files)
     else:
         if split!='all' and split not in src.splits: raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}, all")
         ids = [i for k,v in src.splits.items() if split in (k,'all') for i in v]
+        src.groups(annotation)   # refuses novel classes that there are not
         lack = [i for i in ids if i not in src.masks]
         if lack or src.mask_kind!='dense': raise AnnotationError(f"{src.name}: no dense mask for {(lack or ids)[0]}, so nothing to simulate from")
-        read,palette,files = src.mask,src.palette,{i:src.mask_path(i) for i in ids}
+        draw,palette,files = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_')),src.palette,{i:src.mask_path(i) for i in ids}
     outs = {i:out/f'{i}.png' for i in ids}
     free_to_write(outs.values(), overwrite, list(files.values())+([src.image_path(i) for i in ids] if src else []))
     out.mkdir(parents=True, exist_ok=True)
-    for i in _bar(ids): write_label_map(outs[i], simulate(read(i), spec, i), palette)
+    for i in _bar(ids): write_label_map(outs[i], draw(i), palette)
     return list(outs.values())
 
 # %% ../nbs/63_labels.ipynb #ba6e6c90
@@ -102,11 +104,12 @@ def count_labels(
     src:Source,           # A data set
     annotation:str,       # Its labels, see `Source.annotation`
     split:str='train',    # Which of its splits
-    out:Path=None,        # Folder for `labels.csv`, `images.csv` and `labels.png`; None: nothing is written
+    out:Path=None,        # Folder for `labels.csv`, `images.csv` and `labels.png` (for tags also `together.csv`); None: nothing is written
     overwrite:bool=False, # Replace files that are there
 ):
-    "`label_statistics` of a split, as tables and a plot"
+    "`label_statistics` of a split, or of tags `tag_statistics`, as tables and a plot"
     if split not in src.splits: raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}")
+    if parse_annotation(annotation.removeprefix('sim_'))[0] == 'tag': return _count_tags(src, annotation, split, out, overwrite)
     files = [out/f for f in ('labels.csv','images.csv','labels.png')] if out else []
     free_to_write(files, overwrite)
     stats,ids = label_statistics(src.pairs(annotation, split), src.classes),src.splits[split]
@@ -121,6 +124,23 @@ def count_labels(
     plt.close(fig)
     return stats
 
+# %% ../nbs/63_labels.ipynb #6a9c0001
+def _count_tags(src, annotation, split, out, overwrite):
+    "`count_labels` of the annotation `tag`"
+    src.groups(annotation)   # refuses novel classes that there are not
+    files = [out/f for f in ('labels.csv','together.csv','images.csv','labels.png')] if out else []
+    free_to_write(files, overwrite)
+    stats = tag_statistics([src.tags(i) for i in src.check_tags(split).splits[split]], src.classes)
+    if not out: return stats
+    import matplotlib.pyplot as plt
+    out.mkdir(parents=True, exist_ok=True)
+    fig = stats.plot()
+    saves = (stats.per_class.to_csv, stats.together.to_csv, lambda t: write_tags(src, t, split), lambda t: fig.savefig(t, format='png', bbox_inches='tight'))
+    for f,save in zip(files, saves):
+        with replacing(f) as tmp: save(tmp)
+    plt.close(fig)
+    return stats
+
 # %% ../nbs/63_labels.ipynb #1ac9c5cc
 def stroke(s):
     "An odd number of pixels"
@@ -129,7 +149,7 @@ def stroke(s):
 
 def _simulate_options(p):
     p.add_argument('--annotation', default='scribble', help="Kind of labels: point, scribble, block10, block20, block50, dense; "
-                   "options as in scribble:length=0.5,drop=0.2,width=3,seed=1 (default: scribble)")
+                   "options as in scribble:length=0.5,drop=0.2,width=3,seed=1; novel=cow+bicycle leaves classes out (default: scribble)")
     p.add_argument('--data', choices=tuple(SOURCES), default=None, help="Data set whose dense masks to start from; give this or --masks")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
     p.add_argument('--split', default=None, help="Which part of the data set, or all (default: train)")
@@ -149,20 +169,30 @@ def _convert_options(p):
 def _stats_options(p):
     p.add_argument('--data', choices=tuple(SOURCES), required=True, help="Data set")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
-    p.add_argument('--annotation', default='scribble', help="Labels to count, as in training: scribble, sim_point, block20 … (default: scribble)")
+    p.add_argument('--annotation', default='scribble', help="Labels to count, as in training: scribble, sim_point, block20, tag … (default: scribble)")
     p.add_argument('--split', default='train', help="Which part of the data set (default: train)")
 
+def _tags_options(p):
+    p.add_argument('--data', choices=tuple(SOURCES), required=True, help="Data set")
+    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
+    p.add_argument('--split', default='all', help="Which part of the data set, or all (default: all)")
+
 # %% ../nbs/63_labels.ipynb #ee693b6d
+_PNGS = "In a data set's folder under the name of their kind (scribble, point …) the PNGs are its labels: --data folder."
+_EPILOGS = dict(simulate=_PNGS, convert=_PNGS, tags="As tags.csv in a folder of images the file is its tags: --data folder, --annotation tag.")
+
 def labels_parser():
-    p = argparse.ArgumentParser(prog='sasformer_labels', description="Sparse labels: simulate, convert, count them.", allow_abbrev=False)
-    jobs = p.add_subparsers(dest='job', required=True, metavar='simulate|convert|stats', help="What to do; each has its own --help")
+    p = argparse.ArgumentParser(prog='sasformer_labels', description="Sparse labels and tags: simulate, convert, count, write them.", allow_abbrev=False)
+    jobs = p.add_subparsers(dest='job', required=True, metavar='simulate|convert|stats|tags', help="What to do; each has its own --help")
     for name,options,text in (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
                               ('convert', _convert_options, "Turn What's-the-point or ScribbleSup files into palette PNGs, one per image"),
-                              ('stats', _stats_options, "Count the sparse labels of a data set: a table, and with --out CSV files and a plot")):
+                              ('stats', _stats_options, "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
+                              ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file")):
         q = jobs.add_parser(name, help=text, description=text+'.', allow_abbrev=False,
-                            epilog="In a data set's folder under the name of their kind (scribble, point …) the PNGs are its labels: --data folder." if name!='stats' else None)
+                            epilog=_EPILOGS.get(name))
         options(q)
-        q.add_argument('--out', type=Path, required=name!='stats', metavar='FOLDER', help="Folder to write to"+(" (default: nothing is written)" if name=='stats' else ''))
+        where = "File to write" if name == 'tags' else "Folder to write to" + (" (default: nothing is written)" if name == 'stats' else '')
+        q.add_argument('--out', type=Path, required=name!='stats', metavar='FILE' if name == 'tags' else 'FOLDER', help=where)
         q.add_argument('--overwrite', action='store_true', help="Replace files that are there")
     for q in (p, *jobs.choices.values()): q.error = lambda message, q=q: q.exit(2, f'sasformer_labels: error: {message}\n')
     return p
@@ -187,11 +217,27 @@ def run_convert(o):
         ids = list(dict.fromkeys(wanted))
     return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite)
 
+def run_tags(o):
+    "`sasformer_labels tags`"
+    src = get_source(o.data, o.path)
+    if o.split != 'all' and o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}, all")
+    free_to_write([o.out], o.overwrite)
+    o.out.parent.mkdir(parents=True, exist_ok=True)
+    write_tags(src, o.out, o.split)
+    return sum(len(v) for k,v in src.splits.items() if o.split in (k, 'all'))
+
+def print_tags(stats, title):
+    "How often classes are, and how often together"
+    print(stats.per_class.to_string(float_format='{:.4f}'.format))
+    there = stats.per_class.index[stats.per_class.images > 0]
+    print(f"\nimages that two classes are both in:\n{stats.together.loc[there, there].to_string()}\n{title}")
+
 def main(args=None):
     "Command line of `sasformer_labels`"
     p = labels_parser()
     o = p.parse_args(args)
     try:
+        if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
         if o.job!='stats':
             done = (run_simulate if o.job=='simulate' else run_convert)(o)
             return print(f"{len(done)} label maps written to {o.out}")
@@ -199,9 +245,10 @@ def main(args=None):
         src = get_source(o.data, o.path)
         stats = count_labels(src, o.annotation, o.split, o.out, o.overwrite)
     except (ValueError, OSError) as e: p.error(e)
+    where = f"; see {o.out}" if o.out else ''
+    if isinstance(stats, TagStatistics): return print_tags(stats, f"tags of {len(src.splits[o.split])} images ({src.name} {o.split}){where}")
     print(stats.per_class.to_string(float_format='{:.4f}'.format))
-    print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled ({src.name} {o.split}, {o.annotation})"
-          + (f"; see {o.out}" if o.out else ''))
+    print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled ({src.name} {o.split}, {o.annotation})" + where)
 
 # %% ../nbs/63_labels.ipynb #b5a9c862
 if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

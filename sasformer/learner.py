@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast', 'Quick',
-           'SeedEpoch', 'ValidateEvery', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule',
-           'parameter_groups', 'SparseLearner', 'sparse_learner', 'write_json', 'save_segmenter', 'load_segmenter',
-           'environment', 'peak_memory', 'RunFolder', 'rows_to_csv']
+           'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed', 'PixelLoss',
+           'poly_schedule', 'parameter_groups', 'SparseLearner', 'sparse_learner', 'save_segmenter', 'load_segmenter',
+           'RunFolder', 'saved_settings', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
-import csv, io, os, sys, json, math, time, platform, subprocess, contextlib
+import csv, io, sys, json, math, time
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
 from torch import Tensor
@@ -18,10 +18,12 @@ from torch.distributed.nn.functional import all_reduce
 from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
-                               ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException, CancelEpochException, rank_distrib, num_distrib)
+                               ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException, CancelEpochException, rank_distrib)
 from timm.layers import convert_sync_batchnorm
-from .annotations import UNLABELLED, PADDING, replacing
+from .annotations import UNLABELLED, PADDING, replacing, write_json
+from .machine import environment, is_first, n_processes, peak_memory, this_machine
 from .data import global_sum
+from .methods import flat_settings, parse_method
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
@@ -47,6 +49,7 @@ def _neighbours(i, n, N):
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
+    *others,        # Further targets, such as tags; not used
     everywhere:bool=True # Mean over the pixels of all processes, or of this one
 )->Tensor:          # Scalar
     "Mean cross-entropy over the labelled pixels"
@@ -60,12 +63,12 @@ def partial_cross_entropy(
     else:
         full = F.interpolate(logits, target.shape[-2:], mode='bilinear', align_corners=False)
         total = F.cross_entropy(full, target.where(on, UNLABELLED), ignore_index=UNLABELLED, reduction='sum')
-    if everywhere: return total*max(1, num_distrib())/global_sum(n).clamp_min(1)
+    if everywhere: return total*n_processes()/global_sum(n).clamp_min(1)
     return total/n.clamp_min(1)
 
 class PartialCrossEntropy:
     "`partial_cross_entropy` with what a fastai `Learner` asks of a loss"
-    def __call__(self, pred, target, **kwargs):
+    def __call__(self, pred, target, *others, **kwargs):
         # in validation the processes may have different numbers of batches, and waiting for each other would hang
         return partial_cross_entropy(pred, target, everywhere=torch.is_grad_enabled())
     def activation(self, x): return x.softmax(1)
@@ -126,14 +129,35 @@ class ValidateEvery(Callback):
         self.recorder.log += [None]*(1+len(self.learn.metrics))   # or the time would stand in the column of the loss
         raise CancelValidException
 
+def clock(seconds):
+    "'2:05' or '1:02:05'"
+    minutes, s = divmod(round(seconds), 60)
+    return f'{minutes//60}:{minutes%60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
+
 class EpochLines(Callback):
-    "One plain line per epoch, for log files"
+    "Plain lines for log files: one per epoch with the time that is left, and one every few seconds while an epoch lasts"
     order = 60
-    def before_fit(self): self.old, self.learn.logger = self.learn.logger, self.line
+    def __init__(self, every:float=8.): self.every = every   # Seconds
+    def before_fit(self):
+        self.old, self.learn.logger = self.learn.logger, self.line
+        self.began = self.said = time.time()
+        self.first = None   # share of the training that an earlier process has done
+    def left(self):
+        done = self.pct_train-(self.first or 0)
+        return f"  {clock((time.time()-self.began)*(1-self.pct_train)/done)} left" if done > 0 else ''
+    def say(self, text):
+        if is_first(): print(text, flush=True)
+        self.said = time.time()
     def line(self, log):
-        if rank_distrib(): return
         named = [(n, v) for n,v in zip(self.recorder.metric_names[1:], list(log)[1:]) if v is not None]
-        print(f"epoch {log[0]+1}/{self.n_epoch}  "+'  '.join(f"{n} {v:.4f}" if isinstance(v,float) else f"{n} {v}" for n,v in named), flush=True)
+        values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n,v in named)
+        self.say(f"epoch {log[0]+1}/{self.n_epoch}  {values}{self.left()}")
+    def before_batch(self):
+        if self.first is None: self.first = self.pct_train
+    def after_batch(self):
+        if time.time()-self.said < self.every: return
+        what = 'step' if self.training else 'validation'
+        self.say(f"  {what} {self.iter+1}/{self.n_iter} of epoch {self.epoch+1}/{self.n_epoch}{self.left()}")
     def after_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
@@ -160,7 +184,7 @@ class Distributed(Callback):
     order = 40   # after callbacks that look at the bare model in `before_fit`
     def before_fit(self):
         if not dist.is_initialized():
-            raise RuntimeError(f"{num_distrib()} processes were started but not connected: call `accelerate.PartialState()` first")
+            raise RuntimeError(f"{n_processes()} processes were started but not connected: call `accelerate.PartialState()` first")
         self.bare = self.model
         device = next(self.bare.parameters()).device
         if device.type=='cuda': self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
@@ -171,7 +195,7 @@ class Distributed(Callback):
     def before_train(self): self.learn.model = self.ddp
     def after_train(self):  self.learn.model = self.bare
     def after_loss(self):
-        if self.training: self.learn.loss = global_sum(self.loss)/num_distrib()
+        if self.training: self.learn.loss = global_sum(self.loss)/n_processes()
     def after_fit(self): self.learn.model, self.ddp = self.bare, None
     def release(self): self.learn.model = getattr(self, 'bare', self.learn.model)
 
@@ -181,7 +205,7 @@ class PixelLoss(Metric):
     name = 'loss'
     def reset(self): self.sums = torch.zeros(2, dtype=torch.float64)
     def accumulate(self, learn):
-        n = (learn.y<PADDING).sum().cpu()
+        n = (learn.yb[0]<PADDING).sum().cpu()
         self.sums += torch.stack([learn.loss.detach().cpu()*n, n])
     @property
     def value(self):
@@ -226,7 +250,7 @@ OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch
 
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
-    first_epoch = 0
+    first_epoch, precision = 0, None
     def fit(self, *args, **kwargs):
         try: return super().fit(*args, **kwargs)
         except BaseException:   # fastai calls no callback then; a hook or an open context must not outlive an interrupted fit
@@ -240,13 +264,13 @@ class SparseLearner(Learner):
 def sparse_learner(
     dls:DataLoaders,           # From `sparse_dataloaders`
     model:str|nn.Module,       # A segmenter or the name of one
-    method:Callback|list=None, # Regularisers, such as `AffinityLoss()`
+    method:str|Callback|list=None, # What is added to the loss: as text ('sasformer:alpha=3', see `sasformer.methods`), or callbacks
     lr:float=1e-3,             # Highest learning rate of the backbone
     head_lr:float=1.,          # The decoder's, as a multiple
-    opt:str='sgd',             # 'sgd' (momentum 0.9) or 'adamw'
-    wd:float=1e-4,             # Weight decay
-    no_decay:bool=False,       # Spare biases and norms from weight decay
-    precision:str='fp32',      # 'fp32', 'bf16' (CPU and GPU) or 'fp16' (GPU, with gradient scaling)
+    opt:str='adamw',           # 'sgd' (momentum 0.9) or 'adamw'
+    wd:float=.01,              # Weight decay
+    no_decay:bool=True,        # Spare biases and norms from weight decay
+    precision:str='auto',      # 'fp32', 'bf16' (CPU and GPU), 'fp16' (GPU, with gradient scaling) or 'auto', see `sasformer.machine`
     channels_last:bool=True,   # Memory format of convolutions; faster nearly everywhere
     seed:int=0,                # Seed of weights, order, augmentation and dropout
     validate_every:int=1,      # Epochs between validations
@@ -255,9 +279,8 @@ def sparse_learner(
 )->SparseLearner:
     "A `Learner` for sparse labels: model, partial cross-entropy, optimiser, precision, metrics"
     if opt not in OPTIMISERS: raise ValueError(f"opt={opt!r}: expected one of {', '.join(OPTIMISERS)}")
-    if precision not in ('fp32','bf16','fp16'): raise ValueError(f"precision={precision!r}: expected fp32, bf16 or fp16")
-    if precision=='fp16' and torch.device(dls.device or 'cpu').type!='cuda':
-        raise ValueError(f"precision='fp16' needs a GPU, and batches go to {dls.device or 'the CPU'}: use bf16 or fp32")
+    machine = this_machine(dls.device or 'cpu', precision)
+    if isinstance(method, str): method = [cb for m in parse_method(method).values() for cb in m.callbacks()]
     src = dls.train.dataset.src
     if isinstance(model, str):
         torch.manual_seed(seed)
@@ -265,27 +288,23 @@ def sparse_learner(
     if dls.device is not None: model.to(dls.device)
     callbacks = [PlainTensors(), SeedEpoch(seed), Quick()]
     if channels_last: callbacks.append(ChannelsLast())
-    if precision=='bf16': callbacks.append(Autocast())
-    if precision=='fp16': callbacks.append(MixedPrecision())
+    if machine.precision=='bf16': callbacks.append(Autocast())
+    if machine.precision=='fp16': callbacks.append(MixedPrecision())
     if validate_every>1: callbacks.append(ValidateEvery(validate_every))
-    if num_distrib()>1: callbacks.append(Distributed())
+    if n_processes()>1: callbacks.append(Distributed())
     # without a display, fastprogress would fill a log file with control characters
-    live = (IN_NOTEBOOK or sys.stdout.isatty()) and rank_distrib()==0
+    live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False, splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
                     metrics=(group := SegmentationMetrics(len(src.classes))).metrics, cbs=callbacks+L(method)+L(cbs))
-    learn.confusion, learn.recorder.loss = group, PixelLoss()
+    learn.confusion, learn.recorder.loss, learn.precision = group, PixelLoss(), machine.precision
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 
 # %% ../nbs/31_learner.ipynb #78c54457
-def write_json(path, data):
-    "Write `data` as JSON, replacing the file in one step"
-    with replacing(path) as tmp: tmp.write_text(json.dumps(data, indent=1)+'\n')
-
 def save_segmenter(
     model:nn.Module,     # From `create_segmenter`
     folder:Path,         # Gets `<name>.safetensors` and `model.json`
@@ -319,25 +338,6 @@ def load_segmenter(
     model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
     return model.to(device).eval()
 
-# %% ../nbs/31_learner.ipynb #fb507aea
-def environment()->dict:
-    "Machine, versions and commit, for result files"
-    def run(*cmd):
-        try: return subprocess.run(cmd, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent if '__file__' in globals() else None).stdout.strip()
-        except (OSError, subprocess.TimeoutExpired): return ''
-    cpu = next((l.split(':',1)[1].strip() for l in (Path('/proc/cpuinfo').read_text().splitlines() if Path('/proc/cpuinfo').exists() else [])
-                if l.startswith('model name')), platform.processor())
-    import timm, fastai
-    return dict(commit=run('git','rev-parse','--short','HEAD')+('+changes' if run('git','status','--porcelain','--untracked-files=no','--',':(top)',':(top,exclude)results') else ''),
-                machine=f"{cpu}, {os.cpu_count()} cores", gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
-
-def peak_memory()->float:
-    "Largest memory of this process so far, MB: of the GPU where there is one, else resident"
-    if torch.cuda.is_available() and (used := torch.cuda.max_memory_allocated()): return used/2**20
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform=='darwin' else 2**10)
-
 # %% ../nbs/31_learner.ipynb #39b867ab
 class RunFolder(Callback):
     "Keeps a run on disk: log, models, and the state from which it can go on"
@@ -354,24 +354,30 @@ class RunFolder(Callback):
     def before_fit(self):
         state = self.folder/'state.pt'
         if state.exists() and not self.resume:
-            raise FileExistsError(f"{self.folder} holds a run of {self._saved(state)['epochs']} epochs: resume it, or choose another folder")
+            raise FileExistsError(f"{self.folder} holds a run of {_read_state(state)['epochs']} epochs: resume it, or choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.learn.first_epoch = 0
-        if state.exists(): self._restore(self._saved(state))
-        if self.tensorboard and not rank_distrib():
+        if state.exists(): self._restore(_read_state(state))
+        if self.tensorboard and is_first():
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.folder)
         self._since, self._environment = time.time(), environment()
 
 # %% ../nbs/31_learner.ipynb #70c1878c
-@patch
-def _saved(self:RunFolder, path):
+def _read_state(path):
     try: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e: raise ValueError(f"{path}: cannot be read as the state of a run: {e}") from e
 
+def saved_settings(
+    folder:Path,  # Of a run
+)->dict:          # Empty where no run has left its state
+    "The settings that the run in `folder` began with"
+    state = Path(folder)/'state.pt'
+    return json.loads(_read_state(state)['settings']) if state.exists() else {}
+
 @patch
 def _restore(self:RunFolder, s):
-    old, new = json.loads(s['settings']), self.settings
+    old, new = flat_settings(json.loads(s['settings'])), flat_settings(self.settings)
     if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k)!=new.get(k)]:
         raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
     if s['epochs']==s['n_epoch']==self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
@@ -400,7 +406,7 @@ def after_epoch(self:RunFolder):
     better = row.get('miou', -1.)>self.best
     if better: self.best = row['miou']
     if 'miou' in row: self.iou = self.learn.confusion.total().iou.tolist()
-    if rank_distrib(): return
+    if not is_first(): return
     with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
     if better: self._save('best')
     opt = self.opt.state_dict()
@@ -420,11 +426,11 @@ def _save(self:RunFolder, name):
 @patch
 def after_fit(self:RunFolder):
     self.learn.first_epoch = 0
-    if self.tensorboard and not rank_distrib(): self.board.close()
-    if rank_distrib() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
+    if self.tensorboard and is_first(): self.board.close()
+    if not is_first() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
     self._save('last')
     last = self.rows[-1]
-    write_json(self.folder/'result.json', dict(settings=self.settings, processes=max(1, num_distrib()), device=str(self.dls.device), **self._environment,
+    write_json(self.folder/'result.json', dict(settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision, **self._environment,
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
         iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 

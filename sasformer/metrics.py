@@ -6,6 +6,8 @@
 __all__ = ['to_labels', 'ConfusionMatrix', 'SegmentationMetrics']
 
 # %% ../nbs/30_metrics.ipynb #ed124ebb
+from functools import partial
+from operator import attrgetter
 import torch, torch.nn.functional as F
 import pandas as pd
 from torch import distributed as dist
@@ -76,6 +78,12 @@ def iou(self:ConfusionMatrix):
     return right/(target+pred-right)
 
 @patch(as_prop=True)
+def dice(self:ConfusionMatrix):
+    "Dice coefficient (F1 of the pixels) per class, (C,); nan for a class in neither target nor prediction"
+    right,target,pred = _sums(self)
+    return 2*right/(target+pred)
+
+@patch(as_prop=True)
 def recall(self:ConfusionMatrix):
     "Share of each class's pixels that is found, (C,); nan for a class that no target has"
     right,target,_ = _sums(self)
@@ -83,6 +91,8 @@ def recall(self:ConfusionMatrix):
 
 @patch(as_prop=True)
 def miou(self:ConfusionMatrix): "Mean of `iou` over the classes that occur"; return self.iou.nanmean().item()
+@patch(as_prop=True)
+def mean_dice(self:ConfusionMatrix): "Mean of `dice` over the classes that occur"; return self.dice.nanmean().item()
 @patch(as_prop=True)
 def mean_accuracy(self:ConfusionMatrix): "Mean of `recall` over the classes that targets have"; return self.recall.nanmean().item()
 @patch(as_prop=True)
@@ -98,6 +108,25 @@ def table(self:ConfusionMatrix,
     "Per-class numbers"
     return pd.DataFrame(dict(pixels=self.counts.sum(1).tolist(), iou=self.iou.tolist(), recall=self.recall.tolist()), index=classes)
 
+# %% ../nbs/30_metrics.ipynb #309c0002
+def _checked_groups(groups, n):
+    for name,ids in groups.items():
+        bad = [i for i in ids if not 0 <= i < n]
+        if bad or not len(ids): raise ValueError(f"group {name!r}: {list(ids)}: expected ids of classes, 0 to {n-1}")
+    return groups
+
+@patch
+def group_iou(self:ConfusionMatrix,
+    groups:dict,  # Name → ids of its classes, such as `Source.groups` gives
+)->dict:          # Name → mean of `iou` over those of its classes that occur; and 'harmonic', the harmonic mean of 'base' and 'novel', if both are there
+    "mIoU by groups of classes"
+    iou = self.iou
+    means = {name: iou[list(ids)].nanmean().item() for name,ids in _checked_groups(groups, self.n_classes).items()}
+    if {'base','novel'} <= means.keys():
+        base,novel = means['base'],means['novel']
+        means['harmonic'] = 2*base*novel/(base+novel) if base+novel != 0 else 0.   # nan stays nan
+    return means
+
 # %% ../nbs/30_metrics.ipynb #9184b8e7
 @patch
 def all_reduce(self:ConfusionMatrix)->ConfusionMatrix:
@@ -108,13 +137,15 @@ def all_reduce(self:ConfusionMatrix)->ConfusionMatrix:
     return self
 
 # %% ../nbs/30_metrics.ipynb #37e54a4b
+def _of_group(name, groups, cm): return cm.group_iou(groups)[name]
+
 class _Shared(Metric):
     "One number of the matrix of a `SegmentationMetrics`; the first of them does the counting for all"
-    def __init__(self, group, name): self.group,self._name = group,name
+    def __init__(self, group, name, value=None): self.group,self._name,self._value = group,name,value or attrgetter(name)
     @property
     def name(self): return self._name
     @property
-    def value(self): return getattr(self.group.total(), self._name)
+    def value(self): return self._value(self.group.total())
     def reset(self):
         if self is self.group.metrics[0]: self.group.reset()
     def accumulate(self, learn):
@@ -126,9 +157,13 @@ class SegmentationMetrics:
     def __init__(self,
         n_classes:int,                                          # Number of classes
         names=('miou', 'pixel_accuracy', 'mean_accuracy'),      # Properties of `ConfusionMatrix` to report
+        groups:dict=None,                                       # Groups of classes, see `group_iou`: for each a metric `miou_<name>`, and `miou_harmonic`
     ):
         self.confusion = ConfusionMatrix(n_classes)
         self.metrics = [_Shared(self, name) for name in names]
+        grouped = _checked_groups(groups or {}, n_classes)
+        both = ('harmonic',) if {'base','novel'} <= grouped.keys() else ()
+        self.metrics += [_Shared(self, f'miou_{name}', partial(_of_group, name, grouped)) for name in (*grouped, *both)]
         self._total = None
 
     def __iter__(self): return iter(self.metrics)
@@ -136,7 +171,7 @@ class SegmentationMetrics:
 
     def accumulate(self, learn):
         "Count the learner's current batch, without the samples that a distributed loader repeats to fill its last batch"
-        pred,target = learn.pred,learn.y
+        pred,target = learn.pred,learn.y[0] if isinstance(learn.y, tuple) else learn.y   # of several targets the label map comes first
         dl = getattr(learn, 'dl', None)
         if all(hasattr(dl, o) for o in ('n', 'n_padded', 'i', 'rank', 'world_size')):
             extra = dl.rank*dl.n_padded//dl.world_size + dl.i - dl.n

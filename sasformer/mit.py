@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['mit_sizes', 'default_cfgs', 'MixTransformer', 'mit_names', 'checkpoint_filter_fn', 'mit_b0', 'mit_b1', 'mit_b2',
-           'mit_b3', 'mit_b4', 'mit_b5', 'LoadedWeights', 'load_mit_weights']
+           'mit_b3', 'mit_b4', 'mit_b5', 'check_hub', 'LoadedWeights', 'load_mit_weights']
 
 # %% ../nbs/10_mit.ipynb #38bf236f
-import re
+import re, socket, urllib.parse, urllib.request
 from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import nn, Tensor
 import timm
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import load_state_dict, load_state_dict_from_hf
@@ -147,6 +148,23 @@ def mit_b4(pretrained=False, **kwargs): "MiT-B4, 60.8 M parameters without class
 @register_model
 def mit_b5(pretrained=False, **kwargs): "MiT-B5, 81.4 M parameters without classifier"; return _create_mit('mit_b5', pretrained, **kwargs)
 
+# %% ../nbs/10_mit.ipynb #3b662e5e
+def check_hub(
+    repo_id:str,        # As in 'nvidia/mit-b0'
+    timeout:float=5.,   # Seconds to wait for an answer
+):
+    "Raises `ConnectionError` if weights lie neither in this machine's cache nor within reach, with the way out"
+    names = 'model.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors'
+    if any(isinstance(try_to_load_from_cache(repo_id.partition('@')[0], n), str) for n in names) or urllib.request.getproxies(): return
+    host = urllib.parse.urlsplit(constants.ENDPOINT)
+    try:
+        if constants.HF_HUB_OFFLINE: raise OSError('HF_HUB_OFFLINE is set')
+        socket.create_connection((host.hostname, host.port or (443 if host.scheme == 'https' else 80)), timeout).close()
+    except OSError as e:
+        raise ConnectionError(f"{repo_id}: these weights are not in the cache of this machine, and {constants.ENDPOINT} cannot be reached ({e}). "
+                              f"Where there is a network, fetch {constants.ENDPOINT}/{repo_id.partition('@')[0]}/resolve/main/model.safetensors "
+                              "(or pytorch_model.bin), and give the path of that file as the weights") from None
+
 # %% ../nbs/10_mit.ipynb #a5d426f5
 class LoadedWeights(NamedTuple):
     "What `load_mit_weights` did"
@@ -165,7 +183,9 @@ def _read(source):
         raise FileNotFoundError(f'{source}: no such file, and no hub id either (expected owner/name)')
     try:
         if path.is_file(): return load_state_dict(str(path), use_ema=False, weights_only=True)
+        check_hub(str(source))
         return load_state_dict_from_hf(str(source), weights_only=True)
+    except ConnectionError: raise
     except (SafetensorError, RuntimeError, AttributeError, EOFError, OSError, ValueError) as e:
         raise ValueError(f'{source}: cannot be read: {e}') from e
 

@@ -16,6 +16,7 @@ from timm.models import is_model_in_modules
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 import sasformer.mit as mit
+from .ltf import LTFDecoder
 
 # %% ../nbs/11_segmenters.ipynb #8da474ee
 class SegformerDecoder(nn.Module):
@@ -233,7 +234,7 @@ class Segmenter(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,
-                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder)
+                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder, ltf=LTFDecoder)
 
 # timm's modules whose models a decoder takes, all if not here
 _vits = ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva')
@@ -282,6 +283,8 @@ def _last_layer(name, pretrained, **kw):
 def _backbone(decoder, name, pretrained, **kw):
     "Features as the decoder needs them, or an error that says what timm did not like"
     if is_model_in_modules(name, _vits): kw = dict(dynamic_img_size=True) | kw
+    hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
+    if hub: mit.check_hub(hub)
     try: return _last_layer(name, pretrained, **kw) if _modules.get(decoder) == _vits else _pyramid(decoder, name, pretrained, **kw)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as e:
         raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: {type(e).__name__}: {e}') from e

@@ -94,7 +94,7 @@ def test_backward_twice():
 
 
 def test_tap_is_empty_before_the_backward_pass():
-    from sasformer.datasets import get_source
+    from sasformer.benchmarks import get_source
     from sasformer.data import sparse_dataloaders
     from sasformer.learner import sparse_learner
     from fastai.callback.core import Callback, CancelFitException

@@ -311,3 +311,24 @@ def test_camvid_scribbles(data_dir):
     masks = [read_label_map(f, 11, (360, 480)) for f in files]
     share = {spec: label_statistics([(simulate(m, spec, f.stem), m) for m,f in zip(masks, files)], range(11)).labelled_share for spec in ('scribble', 'scribble:length=0.5', 'point')}
     assert .02 < share['scribble'] < .09 and .45 < share['scribble:length=0.5']/share['scribble'] < .55 and share['point'] < .005
+
+
+def test_tag_labels_nothing():
+    mask = np.array([[0, 1, 255, 254]], np.uint8)
+    assert simulate(mask, 'tag', 'a').tolist() == [[255, 255, 255, 254]]
+    assert image_tags(mask) == [0, 1] and parse_annotation('tag:novel=cow') == ('tag', dict(novel=('cow',)))
+
+
+@pytest.mark.parametrize('spec', ['dense:novel=', 'tag:novel', 'point:novel=a++b', 'scribble:novel=+'])
+def test_novel_needs_names(spec):
+    with pytest.raises(AnnotationError, match='expected class names with . between them'): parse_annotation(spec)
+
+
+def test_tag_statistics_against_a_loop():
+    rng = np.random.default_rng(0)
+    tags = [sorted(rng.choice(5, rng.integers(0, 4), replace=False).tolist()) for _ in range(30)]
+    stats = tag_statistics(tags, list('abcde'))
+    for i in range(5):
+        assert stats.per_class.images.iloc[i] == sum(i in t for t in tags) and stats.per_class.alone.iloc[i] == tags.count([i])
+        for j in range(5): assert stats.together.iloc[i, j] == sum(i in t and j in t for t in tags)
+    assert tag_statistics([], ['a', 'b']).together.to_numpy().tolist() == [[0, 0], [0, 0]]

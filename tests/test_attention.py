@@ -8,6 +8,12 @@ from sasformer.segmenters import create_segmenter
 
 vit = dict(img_size=64, embed_dim=48, depth=4, num_heads=3)
 x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+eps = torch.finfo(torch.float32).eps
+
+
+def softmax_rounding(layers):
+    "What float32 may make of `attention_map`: 8 times the rounding of the largest product of a query and a key"
+    return 8*eps*max(1., *((l.q.norm(dim=-1).max()*l.k.norm(dim=-1).max()*l.scale).item() for l in layers))
 
 
 def mit(**kwargs):
@@ -24,23 +30,24 @@ def n_hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks)
     ('vit_tiny_patch16_224', vit | dict(features_only=True)), ('deit_tiny_distilled_patch16_224', vit), ('vit_small_patch14_reg4_dinov2', vit | dict(patch_size=8)),
     ('eva02_tiny_patch14_224', vit | dict(patch_size=8)), ('vit_small_patch16_rope_mixed_224', vit), ('vit_small_patch16_dinov3', vit | dict(features_only=True))])
 def test_equals_own_attention(name, kwargs):
-    model, maps = timm.create_model(name, **kwargs).eval(), []
+    model, maps = timm.create_model(name, **kwargs).double().eval(), []   # float64: what differs there is no rounding
     for p in model.parameters(): nn.init.normal_(p, std=.2)
     tap = AttentionTap(model)
     for a, _ in tap._attention:
         a.fused_attn = False
         a.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
-    with torch.no_grad(), tap: model(x)
+    with torch.no_grad(), tap: model(x.double())
     for l, a in zip(tap.layers, maps, strict=True):
-        torch.testing.assert_close((l.q @ l.k.transpose(-2, -1) * l.scale).softmax(-1), a, atol=1e-5, rtol=0)
+        torch.testing.assert_close((l.q @ l.k.transpose(-2, -1) * l.scale).softmax(-1), a, atol=1e-10, rtol=0)
         assert l.q.shape[2] == l.prefix + l.q_size[0] * l.q_size[1] and l.k.shape[2] == l.prefix + l.k_size[0] * l.k_size[1]
     assert list(tap.blocks) == [0, 1, 2, 3]
     layers = tap.blocks[3]
     image = [a[..., layers[0].prefix:, layers[0].prefix:] for a in maps[-len(layers):]]
     A = attention_map(layers)
-    torch.testing.assert_close(A, sum((a / a.sum(-1, keepdim=True)).mean(1) for a in image) / len(layers), atol=1e-5, rtol=0)
+    expected, atol = sum((a / a.sum(-1, keepdim=True)).mean(1) for a in image) / len(layers), softmax_rounding(layers)
+    torch.testing.assert_close(A.double(), expected, atol=atol, rtol=0)
     (h, w), i = layers[0].q_size, layers[0].q_size[1] * (layers[0].q_size[0] // 2)
-    torch.testing.assert_close(attention_from(layers, .5, 0).flatten(1), A[:, i], atol=1e-6, rtol=0)
+    torch.testing.assert_close(attention_from(layers, .5, 0).flatten(1), A[:, i], atol=atol, rtol=0)
 
 
 def test_leaves_no_trace():
@@ -78,23 +85,23 @@ def test_blocks_and_groups():
 def test_mask_transformer():
     "Block 4 of a Segmenter: its own attention, class tokens (behind the patches) left out, rows normalised again"
     torch.manual_seed(0)
-    model, maps = create_segmenter('segmenter_vit_tiny_patch16_224', 5, depth=4).eval(), []
+    model, maps = create_segmenter('segmenter_vit_tiny_patch16_224', 5, depth=4).double().eval(), []
     for p in model.parameters(): nn.init.normal_(p, std=.2)
-    with torch.no_grad(), AttentionTap(model) as tap: model(x)
+    with torch.no_grad(), AttentionTap(model) as tap: model(x.double())
     assert list(tap.blocks) == [0, 1, 2, 3] and tap.n_blocks == 4   # not unless asked for
     tap = AttentionTap(model, blocks=range(5))
     for layer in model.decoder.blocks:
         layer.attn.fused_attn = False
         layer.attn.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
-    with torch.no_grad(), tap: model(torch.randn(2, 3, 60, 75))
+    with torch.no_grad(), tap: model(torch.randn(2, 3, 60, 75, dtype=torch.float64))
     layers = tap.blocks[4]
     assert len(tap.layers) == 6 and [l.prefix for l in tap.layers] == [1, 1, 1, 1, 0, 0] and layers[0].q.shape == (2, 3, 20, 64)
     assert maps[0].shape == (2, 3, 25, 25) and layers[0].q_size == layers[0].k_size == (4, 5)
     explicit = sum((a[..., :20, :20] / a[..., :20, :20].sum(-1, keepdim=True)).mean(1) for a in maps) / 2
-    torch.testing.assert_close(attention_map(layers), explicit, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attention_map(layers).double(), explicit, atol=softmax_rounding(layers), rtol=0)
     with pytest.raises(ValueError, match='expected 0 to 4'): AttentionTap(model, blocks=[5])
     model.train()
-    with AttentionTap(model, blocks=[4]) as tap: model(x)
+    with AttentionTap(model, blocks=[4]) as tap: model(x.double())
     attention_map(tap.blocks[4]).square().sum().backward()
     assert model.decoder.blocks[1].attn.qkv.weight.grad.abs().max() > 0 and model.backbone.model.blocks[3].attn.qkv.weight.grad is not None
 
@@ -114,7 +121,7 @@ def test_affinity_loss_on_vits(name, blocks):
     assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)] and all(v > 0 for v in values.values()) and n_hooks(model) == 0
     with torch.no_grad(), AttentionTap(model, [b - 1 for b in blocks] if blocks else None) as tap: y = model(x)
     p = y.softmax(1).flatten(2).mT
-    for layers in tap.blocks.values(): torch.testing.assert_close(propagate(layers, p), attention_map(layers) @ p, atol=1e-5, rtol=0)
+    for layers in tap.blocks.values(): torch.testing.assert_close(propagate(layers, p), attention_map(layers) @ p, atol=softmax_rounding(layers), rtol=0)
 
 
 def gradients(model, clear=True):
@@ -160,7 +167,7 @@ def test_autocast():
         tap.model(x)
         A = attention_map(tap.blocks[0])
     assert tap.layers[0].q.dtype == torch.bfloat16 and A.dtype == torch.float32
-    torch.testing.assert_close(A.sum(-1), torch.ones(2, 256), atol=1e-6, rtol=0)
+    torch.testing.assert_close(A.sum(-1), torch.ones(2, 256), atol=16*eps, rtol=0)   # sums of 4, over 2 layers
 
 
 def test_distributed(tmp_path):
@@ -180,8 +187,8 @@ def test_compile():
         expected = model(x)
         layers = tap.layers
         got = torch.compile(model, backend='eager')(x)
-        torch.testing.assert_close(got, expected, atol=1e-6, rtol=0)
-        for a, b in zip(tap.layers, layers, strict=True): torch.testing.assert_close(a.q, b.q, atol=1e-6, rtol=0)
+        assert torch.equal(got, expected)   # the same kernels, called from elsewhere
+        for a, b in zip(tap.layers, layers, strict=True): assert torch.equal(a.q, b.q)
     model.compile(backend='eager')
     with pytest.raises(RuntimeError, match='the model is compiled'): AttentionTap(model, groups=1).on()
 

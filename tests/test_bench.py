@@ -1,7 +1,8 @@
 "sasformer_bench: measuring in turn, and every command in small"
 import json, subprocess, sys
 import numpy as np, pytest, torch
-from sasformer.bench import alternate, bench_parser, equal_models, main, matmul_peak, one_at_a_time, resident_peak, summary
+from sasformer.bench import bench_parser, main
+from sasformer.measure import alternate, equal_models, matmul_peak, one_at_a_time, resident_peak, summary
 from sasformer.inference import multi_scale_logits
 
 
@@ -69,7 +70,7 @@ def test_one_at_a_time_is_multi_scale():
 
 def test_peaks():
     assert matmul_peak(n=64)>1e6
-    code = "import numpy as np; from sasformer.bench import resident_peak; a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)"
+    code = "import numpy as np; from sasformer.measure import resident_peak; a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)"
     grown = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
     assert 370<grown<450   # 400 MB
 
@@ -81,12 +82,16 @@ def test_help(capsys):
 
 
 def test_the_programs_keep_freed_memory(monkeypatch, tmp_path):
-    "sasformer_train and _eval where they start their processes, sasformer_predict, and sasformer_bench unless told not to"
-    from sasformer import bench, predict, train
+    "Those that start processes, sasformer_predict, and sasformer_bench unless told not to"
+    from sasformer import bench, evaluate, machine, predict, train
     asked = []
-    for m in (bench, predict, train): monkeypatch.setattr(m, 'keep_freed_memory', lambda m=m: asked.append(m))
-    train.start_processes('cpu')
-    with pytest.raises(SystemExit): predict.main([str(tmp_path), str(tmp_path/'none'), '--out', str(tmp_path/'out')])
-    for flag in ([], ['--no-keep_memory']):
+    monkeypatch.setattr(machine, 'keep_freed_memory', lambda: asked.append(program))
+    program = 'train'
+    with pytest.raises(SystemExit): train.main(['--data', 'scenes', '--epochs', '1', '--weights', str(tmp_path/'none.pt'), '--out', str(tmp_path/'out')])
+    program = 'evaluate'
+    with pytest.raises(SystemExit): evaluate.main([str(tmp_path), '--data', 'scenes'])
+    program = 'predict'
+    with pytest.raises(SystemExit): predict.main([str(tmp_path), str(tmp_path), '--out', str(tmp_path/'out')])
+    for program, flag in (('bench', []), ('bench without', ['--no-keep_memory'])):
         with pytest.raises(SystemExit): bench.main(['loader', '--data', 'camvid', '--path', 'nowhere', '--threads', str(torch.get_num_threads()), *flag])
-    assert asked==[train, predict, bench]
+    assert asked == ['train', 'evaluate', 'predict', 'bench']

@@ -1,4 +1,4 @@
-"Layouts, odd files and failing servers: what `nbs/01_datasets.ipynb` does not show"
+"Layouts, odd files and failing servers: what the notebooks of datasets, benchmarks and downloads do not show"
 import hashlib,io,os,pickle,shutil,subprocess,sys,tarfile,threading,zipfile
 from collections import namedtuple
 from http.server import BaseHTTPRequestHandler,ThreadingHTTPServer
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sasformer import datasets
+from sasformer import benchmarks, datasets, downloads
 from sasformer.annotations import AnnotationError,write_label_map
-from sasformer.datasets import (DownloadError,LayoutError,Source,ade20k,camvid,cityscapes,download,download_cli,extract,folder,open_image,
-                                scenes,voc2012)
+from sasformer.benchmarks import ade20k, camvid, cityscapes, voc2012
+from sasformer.datasets import LayoutError, Source, folder, open_image, scenes
+from sasformer.downloads import DownloadError, download, download_cli, extract
 
 BODY = np.random.default_rng(0).bytes(300_000)
 SHA = 'sha256:'+hashlib.sha256(BODY).hexdigest()
@@ -184,7 +185,7 @@ def test_cli_fetches_unpacks_and_checks(server, tmp_path, monkeypatch, capsys):
     scenes(tmp_path/'made/camvid', 2, 1, size=32)
     shutil.make_archive(tmp_path/'set', 'gztar', tmp_path/'made')
     server.body = (tmp_path/'set.tar.gz').read_bytes()
-    monkeypatch.setitem(datasets.DOWNLOADS, 'camvid', datasets.Archive(server.url, 'md5:'+hashlib.md5(server.body).hexdigest(), None, 'none'))
+    monkeypatch.setitem(downloads.DOWNLOADS, 'camvid', downloads.Archive(server.url, 'md5:'+hashlib.md5(server.body).hexdigest(), None, 'none'))
     download_cli('download', 'camvid', path=str(tmp_path/'got'))
     assert [o.name for o in (tmp_path/'got').iterdir()]==['camvid']
     download_cli('check', 'camvid', path=str(tmp_path/'got/camvid'), read=True)
@@ -192,9 +193,35 @@ def test_cli_fetches_unpacks_and_checks(server, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match='coco2014 is not to be had'): download_cli('download', 'coco2014', path=str(tmp_path))
     with pytest.raises(SystemExit, match='no such folder; expected'): download_cli('check', 'voc2012', path=str(tmp_path))
 
+def test_cli_keeps_an_archive_that_was_there(server, tmp_path, monkeypatch):
+    "Somebody fetched it in a browser: it is unpacked and stays; only an archive of our own is removed"
+    scenes(tmp_path/'made/camvid', 2, 1, size=32)
+    shutil.make_archive(tmp_path/'got/set', 'gztar', tmp_path/'made')
+    archive = tmp_path/'got/set.tar.gz'
+    monkeypatch.setitem(datasets.DOWNLOADS, 'camvid', datasets.Archive(f'{server.url.rpartition("/")[0]}/set.tar.gz', None, None, 'none'))
+    download_cli('download', 'camvid', path=str(tmp_path/'got'))
+    assert archive.exists() and (tmp_path/'got/camvid').is_dir()
+
 def test_cli_as_a_program():
-    r = subprocess.run([sys.executable, '-m', 'sasformer.datasets', 'list'], capture_output=True, text=True)
+    r = subprocess.run([sys.executable, '-m', 'sasformer.downloads', 'list'], capture_output=True, text=True)
     assert r.returncode==0 and 'voc2012' in r.stdout and 'by hand' in r.stdout
+
+@pytest.mark.parametrize('module', ['datasets', 'benchmarks', 'downloads'])
+def test_modules_need_no_torch(module):
+    code = f"import sys, sasformer.{module}; print('torch' in sys.modules)"
+    env = dict(os.environ, PYTHONPATH=str(Path(datasets.__file__).parents[1]))
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env).stdout == 'False\n'
+
+@pytest.mark.parametrize('name', ['camvid', 'voc2012', 'get_source', 'SOURCES', 'download', 'DOWNLOADS', 'download_cli'])
+def test_names_that_have_moved(name):
+    "… are found where they were, with one line that says where they are"
+    with pytest.warns(DeprecationWarning, match=f'sasformer.datasets.{name} has moved to sasformer.') as caught:
+        value = getattr(datasets, name)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert value is getattr(benchmarks, name, None) or value is getattr(downloads, name, None)
+
+def test_no_such_name():
+    with pytest.raises(ImportError, match='VOC_PLACE'): from sasformer.datasets import VOC_PLACE
 
 def test_cli_asks_for_the_folder():
     with pytest.raises(SystemExit, match='name a data set and its folder'): download_cli('check', 'camvid')
@@ -347,3 +374,120 @@ def test_camvid_real(data_dir):
     src = camvid(data_dir/'camvid').check()
     assert {k:len(v) for k,v in src.splits.items()}=={'train':367, 'val':101}
     assert src.shape('0001TP_006690')==(360,480)==src.annotation('0001TP_006690', 'scribble').shape
+
+# ---- tags, base and novel classes
+
+def tag_file(path, text, **kwargs):
+    (path/'tags.csv').write_text(text, encoding='utf-8')
+    return folder(path, **kwargs)
+
+def test_tags_follow_from_the_masks(plain):
+    write_label_map(plain/'masks/train/a.png', np.full((4,6), 1, np.uint8))
+    write_label_map(plain/'masks/train/b.png', np.full((4,6), 255, np.uint8))
+    src = folder(plain)
+    assert [src.tags(i) for i in 'abc'] == [(1,), (), (0,1)]
+    with pytest.raises(AnnotationError, match='no tag for 1 of 2 train images, such as b'): src.check_tags()
+    with pytest.raises(AnnotationError, match='no tag for 1 of 2 train images, such as b'): src.precompute('tag')
+
+def test_tags_follow_from_sparse_labels(plain):
+    (plain/'masks').rename(plain/'scribble')
+    write_label_map(plain/'scribble/train/a.png', np.full((4,6), 255, np.uint8))
+    (plain/'point/train').mkdir(parents=True)
+    write_label_map(plain/'point/train/a.png', np.where(np.eye(4,6), 1, 255))
+    src = folder(plain)
+    assert (src.tags('a'),src.tags('b')) == ((1,), (0,1))
+    assert folder(plain, masks='scribble', kind='scribble').tags('b') == (0,1)
+
+def test_a_mask_that_is_read_leaves_its_tags(plain, monkeypatch):
+    src = folder(plain)
+    src.annotation('a', 'scribble')
+    monkeypatch.setattr(datasets, '_read_mask', lambda *args: pytest.fail('read again'))
+    assert src.tags('a') == (0,1)
+
+@pytest.mark.parametrize('text', ['image,tags\na,one;two\nb.jpg,two\n', '\ufeffimage,tags\r\na,one|two\r\nb,two\r\n',
+                                  'image,tags\na,two\n\na,one\nb,two\n', 'image,tags\na.jpg,"two ; one"\nb,two\n'])
+def test_tag_file(plain, text):
+    src = tag_file(plain, text).check(read=True)
+    assert [src.tags(i) for i in 'abc'] == [(0,1), (1,), (0,1)]     # c is for validation and has a mask
+
+def test_tags_without_masks_for_training(plain):
+    "Masks for validation alone: what somebody has who tags"
+    shutil.rmtree(plain/'masks/train')
+    src = tag_file(plain, 'image,tags\na,one\nb,two\n').check(read=True)
+    assert (src.annotation('a', 'tag') == 255).all() and src.mask('c').max() == 1
+    with pytest.raises(LayoutError, match="no mask for 'a'"): src.annotation('a', 'scribble')
+    shutil.rmtree(plain/'masks')
+    with pytest.raises(LayoutError, match='tags.csv: no tags for 1 of 3 images, such as c'): folder(plain)
+    assert tag_file(plain, 'image,tags\na,one\nb,two\nc,one\n').check().mask_kind == 'absent'
+
+@pytest.mark.parametrize('text,message', [
+    ('image,tags\na,one\n', 'no tags for 1 of 3 images, such as b'), ('image,tags\nz,one\n', "no image 'z' among the 3"),
+    ('image,tags\na,three\n', "image 'a' has the tag 'three', which is none of the 2 classes: one, two"), ('image,tags\na, ; \n', "image 'a' has no tag"),
+    ('a,one\n', 'expected the header image,tags, found a,one'), ('', 'found nothing'), ('image,tags\na,one,two\n', 'several with ; between them.*found a,one,two'),
+])
+def test_wrong_tag_file(plain, text, message):
+    with pytest.raises((AnnotationError,LayoutError), match=message) as e: tag_file(plain, text)
+    assert '\n' not in str(e.value)
+    with pytest.raises(LayoutError, match='other.csv: no such file; expected tags'): folder(plain, tags='other.csv')
+
+def test_tags_from_folders(tmp_path):
+    for i,c in dict(a='one', b='two', c='one').items():
+        (tmp_path/f'images/{c}').mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (6,4)).save(tmp_path/f'images/{c}/{i}.jpg')
+    src = folder(tmp_path, ['one','two'], tags='folders', val=.4).check(read=True)
+    assert [src.tags(i) for i in 'abc'] == [(0,), (1,), (0,)] and len(src.splits['val']) == 1
+    for s in ('train','val'): shutil.copytree(tmp_path/'images', tmp_path/f'more/{s}')
+    for f in (tmp_path/'more/val').rglob('*.jpg'): f.rename(f.with_stem('v'+f.stem))
+    assert folder(tmp_path, ['one','two'], 'more', tags='folders').tags('vb') == (1,)
+    with pytest.raises(LayoutError, match="b.jpg: tags='folders' expects a folder named by a class"): folder(tmp_path, ['one'], tags='folders')
+
+def test_voc_objects(tmp_path):
+    voc = tmp_path/'VOC2012'
+    for f in ('JPEGImages','SegmentationClass','ImageSets/Segmentation','Annotations'): (voc/f).mkdir(parents=True)
+    for s,i in (('train','t'),('val','v')):
+        Image.new('RGB', (6,4)).save(voc/f'JPEGImages/{i}.jpg')
+        write_label_map(voc/f'SegmentationClass/{i}.png', np.zeros((4,6), np.uint8))
+        (voc/f'ImageSets/Segmentation/{s}.txt').write_text(i)
+    def objects(i, *names): (voc/f'Annotations/{i}.xml').write_text('<annotation>'+''.join(f'<object><name>{n}</name></object>' for n in names)+'</annotation>')
+    objects('t', 'person', 'cat', 'person')
+    assert voc2012(tmp_path).tags('t') == (0,)                           # not all images have a file: the masks count
+    with pytest.raises(LayoutError, match='no XML file for 1 of 2 images, such as v'): voc2012(tmp_path, tags=voc/'Annotations')
+    objects('v', 'dog')
+    src = voc2012(tmp_path).check(read=True)
+    assert (src.tags('t'),src.tags('v')) == ((8,15), (12,)) and pickle.loads(pickle.dumps(src)).tags('t') == (8,15)
+    for text,message in {'<annotation>': 'v.xml: not a plain XML file', '<!DOCTYPE a [<!ENTITY b "c">]><a>&b;</a>': 'v.xml: not a plain XML file'}.items():
+        (voc/'Annotations/v.xml').write_text(text)
+        with pytest.raises(AnnotationError, match=message): voc2012(tmp_path).tags('v')
+    objects('v', 'cow', 'unicorn')
+    with pytest.raises(LayoutError, match="v.xml: an object is a 'unicorn', none of VOC's 21 classes"): voc2012(tmp_path).check(read=True)
+
+def test_tags_written_and_read(plain):
+    (plain/'classes.txt').write_text('one\ntwo; or three\n')
+    src = folder(plain)
+    datasets.write_tags(src, plain/'tags.csv')
+    assert (plain/'tags.csv').read_text().splitlines()[:3] == ['image,tags', 'a,one', 'a,two; or three']
+    assert [folder(plain).tags(i) for i in 'abc'] == [src.tags(i) for i in 'abc']
+
+@pytest.mark.parametrize('kind', ['dense', 'scribble', 'point', 'block50', 'sim_scribble'])
+def test_novel_classes_lose_their_labels_and_nothing_else(kind):
+    src = scenes(n_train=4, n_val=1)
+    for i in src.splits['train']:
+        full,base = src.annotation(i, kind), src.annotation(i, f'{kind}:novel=striped box+1')
+        assert (np.isin(full, (1,3)) <= (base == 255)).all() and (base == full)[~np.isin(full, (1,3))].all()
+    assert src.tags('train_0001') == scenes(n_train=4, n_val=1).tags('train_0001')
+
+def test_novel_of_released_labels(plain):
+    (plain/'masks').rename(plain/'scribble')
+    src = folder(plain)
+    assert np.unique(src.annotation('a', 'scribble:novel=two')).tolist() == [0,255] and np.unique(src.annotation('a')).tolist() == [0,1]
+
+@pytest.mark.parametrize('spec,message', [('dense:novel=cow', "annotation 'dense:novel=cow': folder has no class 'cow', it has one, two"), ('tag:novel=7', "no class '7'"),
+                                          ('scribble:novel=one+two', 'all 2 classes of folder are novel, none is left to be labelled')])
+def test_wrong_novel_classes(plain, spec, message):
+    src = folder(plain)
+    for ask in (lambda: src.annotation('a', spec), lambda: src.groups(spec), lambda: src.precompute(spec)):
+        with pytest.raises(AnnotationError, match=message): ask()
+
+def test_groups():
+    src = scenes(n_train=1, n_val=1)
+    assert src.groups('dense:novel=plain ring+striped disc') == dict(base=(0,2,3,4), novel=(1,5)) and src.groups('scribble') == {}

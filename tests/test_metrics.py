@@ -1,5 +1,5 @@
 "Confusion matrix against brute force and other libraries, its errors, its fastai metrics, several processes"
-import os, subprocess, sys, numpy as np, pytest, torch
+import math, os, subprocess, sys, numpy as np, pytest, torch
 from pathlib import Path
 from types import SimpleNamespace
 from sasformer.metrics import ConfusionMatrix, SegmentationMetrics, to_labels
@@ -73,6 +73,43 @@ def test_learner_metrics_share_a_matrix():
             for m in group: m.accumulate(SimpleNamespace(pred=pred[i:i+1], y=target[i:i+1], dl=None))
         cm = ConfusionMatrix(6).update(pred, target)
         assert [m.value for m in group] == [cm.miou, cm.pixel_accuracy, cm.mean_accuracy]
+
+
+def test_dice_against_sets():
+    pred,target = example()
+    cm,on = ConfusionMatrix(6).update(pred, target),target < 254
+    for c in range(6):
+        p,t = (pred == c) & on,(target == c) & on
+        if (p | t).any(): assert abs(cm.dice[c] - 2*(p & t).sum()/(p.sum() + t.sum())) < 1e-6
+        else: assert cm.dice[c].isnan()
+    assert cm.mean_dice == cm.dice.nanmean().item()
+
+
+def test_groups_of_classes():
+    pred,target = example()
+    cm = ConfusionMatrix(6).update(pred, target)
+    got = cm.group_iou(dict(base=(0, 2, 3), novel=[1, 4]))
+    assert list(got) == ['base', 'novel', 'harmonic']
+    assert got['base'] == cm.iou[[0, 2, 3]].nanmean().item() and got['novel'] == cm.iou[[1, 4]].nanmean().item()
+    assert abs(got['harmonic'] - 2/(1/got['base'] + 1/got['novel'])) < 1e-12
+    assert list(cm.group_iou(dict(things=[1], stuff=[0]))) == ['things', 'stuff']
+    wrong = ConfusionMatrix(2).update(torch.zeros(1, 2, 2, dtype=torch.long), torch.ones(1, 2, 2, dtype=torch.long))
+    assert wrong.group_iou(dict(base=[0], novel=[1])) == dict(base=0., novel=0., harmonic=0.)
+    assert math.isnan(ConfusionMatrix(2).group_iou(dict(base=[0], novel=[1]))['harmonic'])
+    for ids in ([6], [-1], []):
+        with pytest.raises(ValueError, match="group 'novel'"): cm.group_iou(dict(base=[0], novel=ids))
+
+
+def test_learner_metrics_of_groups():
+    pred,target = example()
+    groups = dict(base=[0, 1, 2], novel=[3, 4, 5])
+    group = SegmentationMetrics(6, groups=groups)
+    # a sample has two targets in a training, the label map first
+    for m in group: m.accumulate(SimpleNamespace(pred=pred, y=(target, torch.zeros(len(target), 6)), dl=None))
+    values = {m.name: m.value for m in group}
+    assert list(values) == ['miou', 'pixel_accuracy', 'mean_accuracy', 'miou_base', 'miou_novel', 'miou_harmonic']
+    assert list(values.values())[3:] == list(ConfusionMatrix(6).update(pred, target).group_iou(groups).values())
+    with pytest.raises(ValueError, match="group 'novel'"): SegmentationMetrics(6, groups=dict(novel=[6]))
 
 
 @pytest.mark.parametrize('n,world_size,bs', [(10, 4, 2), (10, 4, 5), (3, 4, 2), (12, 4, 2), (5, 2, 1)])

@@ -1,5 +1,6 @@
 "Attention from plain products: what it takes, its memory, and the affinity loss along the maps it keeps"
-import gc, pytest, torch, weakref
+import copy, gc, pytest, torch, weakref
+from conftest import rounding
 from torch.nn import functional as F
 from sasformer.affinity import Form, affinity_loss, combine
 from sasformer.annotations import UNLABELLED
@@ -25,17 +26,25 @@ def loss_of(model, x, y, context, form=Form(), **kw):
 def gradient(loss, model, **kw): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters(), allow_unused=True, **kw) if g is not None])
 
 
-def plain(model, x, y): return gradient(loss_of(model, x, y, torch.enable_grad(), propagate=lambda l, p: attention_map(l) @ p), model)
+def plain(model, x, y, form=Form()):
+    return gradient(loss_of(model, x, y, torch.enable_grad(), form, propagate=lambda l, p: attention_map(l) @ p), model)
 
 
-def close(a, b): assert (a-b).abs().max()<1e-5*b.abs().max()
+def close(model, x, y, *gradients, form=Form(), seed=None):
+    "`gradients` are those of the plain loss, but for rounding: as far off as the plain ones are from those of the network in float64"
+    def expected(model, x):
+        if seed is not None: torch.manual_seed(seed)
+        return plain(model, x, y, form)
+    b = expected(model, x)
+    eps = rounding(b, expected(copy.deepcopy(model).double(), x.double()))
+    for a in gradients: assert (a-b).abs().max() <= eps
 
 
 def test_two_forward_passes_before_their_backward_passes(model):
     "As in gradient accumulation: the second must not write into the maps of the first"
     quick, xs, ys = QuickAttention(), torch.randn(2, 2, 3, 64, 64), [target(), target()]
     losses = [loss_of(model, x, y, quick) for x,y in zip(xs, ys)]
-    for loss,x,y in zip(losses, xs, ys): close(gradient(loss, model), plain(model, x, y))
+    for loss,x,y in zip(losses, xs, ys): close(model, x, y, gradient(loss, model))
 
 
 def test_backward_twice(model):
@@ -44,8 +53,7 @@ def test_backward_twice(model):
     loss = loss_of(model, x, y, quick)
     first = gradient(loss, model, retain_graph=True)
     loss_of(model, x+1, y, quick)   # writes into the same memory
-    close(gradient(loss, model), first)
-    close(first, plain(model, x, y))
+    close(model, x, y, first, gradient(loss, model))
 
 
 def test_memory_is_used_again_and_bounded(model):
@@ -91,21 +99,21 @@ def test_bfloat16_is_rounded_once(layers, heads, mb):
     plain = torch.cat([(q.float() @ k.float().mT*.25).softmax(-1) for q,k in qk], 1).mean(1) @ p
     g = torch.randn_like(y)
     a, b = (torch.autograd.grad(o, p, g)[0] for o in (y, plain))
-    assert (y.sum(-1)-1).abs().max()<.004 and (y-plain).abs().max()<.002
-    assert (a-b).norm()<.004*b.norm()
+    once = torch.finfo(torch.bfloat16).eps/2   # the largest relative error of one rounding
+    assert (y.sum(-1)-1).abs().max()<once and (y-plain).abs().max()<once/2   # values up to a half or so
+    assert (a-b).norm()<once*b.norm()
 
 
 @pytest.mark.parametrize('mb', [0, 160])
 def test_a_share_without_positions(model, mb):
     "In a block with fewer positions than 1/share most draws are empty"
     x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention(mb)
-    for seed in range(6):
+    for seed in range(4):
         torch.manual_seed(seed)
         loss = loss_of(model, x, y, quick, Form(share=1/30))
         first = gradient(loss, model, retain_graph=True)
-        close(gradient(loss, model), first)   # the maps are made again
-        torch.manual_seed(seed)
-        close(first, gradient(loss_of(model, x, y, torch.enable_grad(), Form(share=1/30), propagate=lambda l, p: attention_map(l) @ p), model))
+        again = gradient(loss, model)   # the maps are made again
+        close(model, x, y, first, again, form=Form(share=1/30), seed=seed)
 
 
 def test_a_forward_pass_that_breaks_off_leaves_nothing(model):

@@ -1,5 +1,5 @@
 "What nbdev leaves to discipline: export in sync, clean notebooks, no errors and no private paths in outputs, README from its notebook"
-import difflib, filecmp, json, re, shutil, subprocess, sys
+import ast, difflib, filecmp, json, re, shutil, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +48,59 @@ def test_readme_is_made_from_its_notebook():
     sys.path.insert(0, str(ROOT/'tests'))
     from render_readme import render
     assert (ROOT/'README.md').read_text() == render(), 'run make readme'
+
+# Every call that removes something: notebook or script, the call, and why what it removes is its own
+REMOVALS = [
+    ('annotations', 'unfinished.unlink(missing_ok=True)', "the temporary file that this function has just written"),
+    ('datasets', "(p / 'masks/a.png').unlink()", "in the temporary folder of its cell"),
+    ('datasets', "shutil.rmtree(p / 'masks')", "in the temporary folder of its cell"),
+    ('downloads', 'shutil.rmtree(tmp, ignore_errors=True)', "from mkdtemp, five lines above"),
+    ('datasets', 'shutil.rmtree(tmp, ignore_errors=True)', "from mkdtemp, in the same function"),
+    ('downloads', 'tagfile.unlink(missing_ok=True)', "the `.part.tag` that a download keeps beside its `.part`"),
+    ('downloads', 'part.unlink(missing_ok=True)', "the `.part` of a download"),
+    ('downloads', 'part.unlink()', "the `.part` of a download, whose checksum is wrong"),
+    ('downloads', "part.with_name(part.name + '.tag').unlink(missing_ok=True)", "the tag of a download that is whole"),
+    ('downloads', 'archive.unlink()', "an archive that this call fetched; `keep` is set where it lay there before"),
+    ('learner', "(Path(tmp) / 'cut' / f).unlink()", "in the temporary folder of its cell"),
+    ('inference', "(photos / 'cut.jpg').unlink()", "written three lines above, in the notebook's temporary folder"),
+    ('inference', "(photos / f'{i}.png').unlink()", "written two lines above, in the notebook's temporary folder"),
+]
+
+def removals(code):
+    "The calls in Python code, and the shell commands in strings and magics, that remove files or folders"
+    lines = code.splitlines()
+    shell = [l.strip() for l in lines if re.match(r'\s*[!%]', l) and re.search(r'\b(rm|rmdir|unlink|find .*-delete)\b', l)]
+    if lines and lines[0].startswith('%%'): return shell + [l for l in lines if re.search(r'\brm\b', l)]
+    tree = ast.parse('\n'.join('' if re.match(r'\s*[!%]', l) else l for l in lines))
+    functions = {'rmtree', 'unlink', 'rmdir', 'removedirs', 'remove'}
+    imported = {a.asname or a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.name in functions}
+    found = []
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and re.search(r'\brm -', n.value): found.append(n.value)
+        if not isinstance(n, ast.Call): continue
+        if isinstance(n.func, ast.Name) and n.func.id in imported: found.append(ast.unparse(n))
+        if not isinstance(n.func, ast.Attribute): continue
+        name, owner = n.func.attr, ast.unparse(n.func.value)
+        # of all `remove`, only that of `os` removes files: others take an item off a list, or a hook off a module
+        if name in functions and (name != 'remove' or owner == 'os'): found.append(ast.unparse(n))
+    return shell + found
+
+def sources():
+    "Every notebook and script, by its name without number and ending: its pieces of code"
+    for p in NOTEBOOKS:
+        cells = json.loads(p.read_text())['cells']
+        yield re.sub(r'^\d+_', '', p.stem), [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    for p in [*(ROOT/'sasformer').glob('*.py'), ROOT/'tests/render_readme.py', ROOT/'setup.py']: yield p.stem, [p.read_text()]
+
+def test_nothing_removes_what_it_did_not_make():
+    "A notebook that a reader follows with their own photographs must leave them where they are"
+    found = {(name, call) for name, pieces in sources() for code in pieces for call in removals(code)}
+    known = {(name, call) for name, call, _ in REMOVALS}
+    assert not found - known, f'removes files that it may not have made: {sorted(found - known)}'
+    assert not known - found, f'these calls are gone, take them off the list: {sorted(known - found)}'
+
+@pytest.mark.parametrize('code', ['shutil.rmtree(root.parent)', 'from shutil import rmtree as away\naway(root)', 'os.remove(f)', 'f.unlink()',
+    '!rm -r {root}', "%%bash\nrm -r photos", "subprocess.run('rm -rf photos', shell=True)", 'import os\nos.removedirs(d)'])
+def test_removals_are_seen(code): assert removals(code)
+
+def test_other_removals_are_none(): assert not removals("hook.remove()\nnames.remove('a')\nt.rename(columns=c)")

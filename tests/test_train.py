@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 # small enough for seconds; float32 and no dropout, so that processes and restarts can be compared; SGD, because Adam's first
 # steps are signs of gradients, which blow the rounding of sums in another order up
 SMALL = ('--data scenes --annotation scribble --size 64 --bs 16 --opt sgd --lr 1e-2 --precision fp32 '
-         '--drop_path 0 --dropout 0 --alpha 1.2 --form released --validate_every 1 --decoder_dim 64').split()
+         '--drop_path 0 --dropout 0 --method sasformer:form=released --validate_every 1 --decoder_dim 64').split()
 
 def program(*args, processes=1):
     "The command, as a shell would run it; `torchrun` for several processes"
@@ -46,10 +46,11 @@ def test_a_run_and_its_folder(whole):
     assert printed.startswith('1 process on cpu')
     assert sum(line.startswith('epoch ') for line in printed.splitlines()) == 3     # one plain line per epoch
     assert '\r' not in printed and '\x1b' not in printed                           # and no control characters
+    assert 'fp32' in printed.splitlines()[0]
     names = {f.name for f in out.iterdir()}
     assert names == {'settings.json', 'log.csv', 'state.pt', 'best.safetensors', 'last.safetensors', 'model.json', 'result.json', 'curves.png', 'examples.png'}
     result = json.loads((out/'result.json').read_text())
-    assert result['settings']['alpha'] == 1.2 and len(result['curve']) == 3 and result['peak_memory_mb'] > 0
+    assert result['settings']['options']['sasformer']['alpha'] == 1.2 and result['precision'] == 'fp32' and len(result['curve']) == 3 and result['peak_memory_mb'] > 0
     assert rows(out)[0]['aff1'] == '' and float(rows(out)[-1]['aff1']) > 0   # the recipe's affinity loss starts in the middle
 
 def test_two_processes_equal_one(whole, tmp_path):

@@ -4,13 +4,15 @@ from fastai.vision.all import Callback, Learner, SGD
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import minimum_spanning_tree as scipy_tree
 from torch import nn
-import sasformer.tree as trees
+import sasformer.treefilter as trees
 from sasformer.annotations import PADDING, UNLABELLED
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import scenes
 from sasformer.learner import PlainTensors, partial_cross_entropy, sparse_learner
 from sasformer.segmenters import create_segmenter
-from sasformer.tree import (TreeEnergyLoss, LTFDecoder, edge_affinity, grid_distances, minimum_spanning_tree, soft_labels, tree_energy, tree_filter)
+from sasformer.ltf import LTFDecoder
+from sasformer.tel import TreeEnergyLoss, soft_labels, tree_energy
+from sasformer.treefilter import affinity_to_parent, edge_affinity, grid_distances, minimum_spanning_tree, tree_filter
 
 BACKENDS = 'numba', 'torch'
 layouts = pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last], ids=['first', 'last'])
@@ -143,6 +145,15 @@ def test_bad_input(backend):
     t = minimum_spanning_tree(torch.rand(1, 3, 4, 4), backend)
     with pytest.raises(ValueError, match='2 maps of \\(4, 4\\)'): tree_filter(torch.rand(2, 1, 4, 4), t, torch.rand(2, 16), backend)
     with pytest.raises(ValueError, match='1 maps of \\(4, 5\\)'): edge_affinity(torch.rand(1, 3, 4, 5), t, backend=backend)
+    with pytest.raises(ValueError, match='1 maps of \\(4, 5\\)'): affinity_to_parent(torch.rand(1, 2, 4, 5), t)
+
+
+@pytest.mark.parametrize('backend', BACKENDS)
+@pytest.mark.parametrize('shape', [(1, 15), (1, 17), (16,), (2, 16), (1, 1), (1, 1, 16)], ids=str)
+def test_weights_of_another_size(backend, shape):
+    "The compiled loops would read beyond the end of the weights, and torch would repeat them"
+    t = minimum_spanning_tree(torch.rand(1, 3, 4, 4), backend)
+    with pytest.raises(ValueError, match='expected \\(1, 16\\), one for each pixel of each tree'): tree_filter(torch.rand(1, 2, 4, 4), t, torch.ones(shape), backend)
 
 
 def test_cache_needs_no_folder(monkeypatch):
@@ -168,9 +179,9 @@ class Edit(Callback):
     def __init__(self, edit=None): self.edit = edit
     def before_fit(self): self.total, self.entropy, self.grads, self.terms = [], [], [], []
     def before_batch(self):
-        if self.edit is not None: self.learn.yb = (self.edit(self.y.clone()),)
+        if self.edit is not None: self.learn.yb = (self.edit(self.yb[0].clone()), *self.yb[1:])
     def after_loss(self):
-        if self.training: self.total.append(self.loss.item()); self.entropy.append(partial_cross_entropy(self.pred, self.y).item())
+        if self.training: self.total.append(self.loss.item()); self.entropy.append(partial_cross_entropy(self.pred, self.yb[0]).item())
     def before_step(self): self.grads.append([None if p.grad is None else p.grad.clone() for p in self.model.auxiliary.parameters()] if hasattr(self.model, 'auxiliary') else [])
 
 
@@ -215,7 +226,7 @@ def test_what_counts(source):
             P = self.pred.softmax(1)
             image = self.x*torch.tensor([.229, .224, .225]).view(1, 3, 1, 1) + torch.tensor([.485, .456, .406]).view(1, 3, 1, 1)
             Y = soft_labels(P, F.interpolate(image, P.shape[2:], mode='bilinear'))
-            on = F.interpolate(self.y[:, None].float(), P.shape[2:])[:, 0] == UNLABELLED
+            on = F.interpolate(self.yb[0][:, None].float(), P.shape[2:])[:, 0] == UNLABELLED
             self.learn.expected = ((P-Y).abs().sum(1)*on).sum().item()/on.sum().item()
     def some(y):
         y[:, :, :32] = PADDING
@@ -270,6 +281,22 @@ def test_interrupted(source):
     learn = sparse_learner(dls, 'segformer_mit_b0', TreeEnergyLoss(channels=8), decoder_dim=32, cbs=Stop())
     with pytest.raises(KeyboardInterrupt): learn.fit_poly(epochs=1)
     assert sum(len(m._forward_pre_hooks) for m in learn.model.modules()) == 0 and learn.tree_energy_loss._features is None
+
+
+def test_ltf_opens_in_a_fresh_process(tmp_path):
+    "One registry names every decoder: whoever opens a model need not have imported what it is made of"
+    import subprocess, sys
+    from sasformer.learner import save_segmenter
+    torch.manual_seed(0)
+    model = create_segmenter('ltf_resnet18', 5, decoder_dim=16).eval()
+    save_segmenter(model, tmp_path)
+    x = torch.randn(1, 3, 64, 64)
+    torch.save((x, model(x).detach()), tmp_path/'case.pt')
+    code = ('import sys, torch; from sasformer.learner import load_segmenter\n'
+            'model = load_segmenter(sys.argv[1]+"/last.safetensors"); x, y = torch.load(sys.argv[1]+"/case.pt")\n'
+            'with torch.no_grad(): torch.testing.assert_close(model(x), y)')
+    done = subprocess.run([sys.executable, '-c', code, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_ltf():
