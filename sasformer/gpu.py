@@ -285,17 +285,18 @@ def cells_part(o):
         if '.ipynb_checkpoints' in path.parts or not any(map(is_cuda, code_cells(path))): continue
         yield f'cells_{path.stem}', attempt(run_cells, path, run=not o.tiny)
 
-# %% ../nbs/68_gpu.ipynb #84d30fdc
+# %% ../nbs/68_gpu.ipynb #e6e20b56
 VARIANTS = 'bare', 'affinity', 'sampled', 'maps'   # no loss, exact, a quarter of the positions, whole maps as released
 
 def make_step(o, model, size, batch, classes):
     "A training step of the benchmarks in which only whole steps are waited for, and the arguments it was made from"
-    from sasformer import bench, measure
+    from sasformer.bench import bench_parser
+    from sasformer.measure import Step
     if o.tiny: model, size, batch = 'mit_b0', 32, 2
     precision = 'bf16' if o.cuda else 'fp32'
     args = dict(model=model, size=size, batch=batch, classes=classes, device=o.device, precision=precision)
     words = [w for name, value in args.items() for w in (f'--{name}', str(value))]
-    step = measure.Step(bench.bench_parser().parse_args(['step', *words]))
+    step = Step(bench_parser().parse_args(['step', *words]))
     if o.cuda: step.quick = contextlib.nullcontext()   # it is for CPUs, and the learner leaves it out on a GPU
     return step, args
 
@@ -328,19 +329,20 @@ def slowest_operations(f, device, rows:int=12)->list:
     events = sorted(kernels or p.key_averages(), key=time_of, reverse=True)
     return [dict(operation=e.key[:80], ms=time_of(e), calls=e.count) for e in events[:rows] if time_of(e) > 0]
 
-# %% ../nbs/68_gpu.ipynb #45510ba5
+# %% ../nbs/68_gpu.ipynb #e4328377
 def step_benchmark(o, classes, **sizes)->dict:
     "Time, memory, and share of the peak of a training step, bare and with each way of computing the affinity loss"
-    from sasformer import measure
+    from sasformer.machine import DTYPES
+    from sasformer.measure import alternate, matmul_peak, step_flops, summary
     step, args = make_step(o, classes=classes, **sizes)
     batch, rounds, warmup = step.batch(), *((1, 0) if o.tiny else (10, 2))
     memory = {v: step_memory(step, v, batch) for _ in range(1+warmup) for v in VARIANTS}   # the last round counts
     stages = {v: step(v, batch) for v in VARIANTS}
     with without_waiting(step):
         variants = {v: functools.partial(step, v, batch) for v in VARIANTS}
-        rows = measure.summary(measure.alternate(variants, rounds, warmup, waiter(o.device)))
-    flops = measure.step_flops(step)
-    peak = measure.matmul_peak(o.device, measure.DTYPES[args['precision']], 256 if o.tiny else None)
+        rows = summary(alternate(variants, rounds, warmup, waiter(o.device)))
+    flops = step_flops(step)
+    peak = matmul_peak(o.device, DTYPES[args['precision']], 256 if o.tiny else None)
     for v, r in rows.items():
         r |= dict(share_of_peak=flops/(r['ms']/1e3)/peak, stages={k: 1e3*s for k, s in stages[v].items()})
         if o.cuda: r |= dict(peak_mb=memory[v], memory_ratio=memory[v]/memory['bare'])
@@ -555,12 +557,12 @@ def file_name(part): return part.replace(':', '_').replace('.', '_')
 @functools.cache
 def machine():
     "The environment of this process, asked for once"
-    from sasformer.learner import environment
+    from sasformer.machine import environment
     return environment()
 
 def write_result(o, part, file, result):
     "A result with its run, its part and the machine"
-    from sasformer.learner import write_json
+    from sasformer.annotations import write_json
     head = dict(run=o.run, part=part, device=o.device, tiny=o.tiny, environment=machine())
     write_json(o.out/f'{file}.json', dict(head, **result))
 
@@ -580,9 +582,9 @@ def run_part(name, o)->bool:
 # %% ../nbs/68_gpu.ipynb #a0e3c275
 def work(o)->int:
     "The parts of a process: each says when it begins and ends; the first that fails is the last"
-    import torch
-    try: torch.zeros(1, device=o.device)
-    except Exception as e: print(f'@refuse {o.device} {str(e).splitlines()[0]}', flush=True); return 2
+    from sasformer.machine import choose_device
+    try: choose_device(o.device)
+    except ValueError as e: print(f'@refuse {o.device} {e}', flush=True); return 2
     for name in o.names:
         print(f'@begin {name}', flush=True)
         well = run_part(name, o)
@@ -638,7 +640,7 @@ def watch(
                 event = re.fullmatch(r'@(begin|end|fail|refuse) (\S+) ?(.*)', line)
                 if not event: print(f'         {line}', flush=True); continue
                 what, current, text = event.groups()
-                if what == 'refuse': raise ValueError(f'device {current}: {text}')
+                if what == 'refuse': raise ValueError(text)
                 until = time.monotonic()+find_part(current)[1]*patience
                 if current != 'summary': until = min(until, ends)
                 yield what, current, ''
