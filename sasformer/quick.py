@@ -6,7 +6,7 @@
 __all__ = ['chunked_attention', 'MapRoom', 'Loan', 'AttentionMap', 'spread', 'QuickAttention', 'can_be_quick']
 
 # %% ../nbs/13_quick.ipynb #2b347454
-import math, torch, torch.nn.functional as F
+import functools, math, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
@@ -102,22 +102,27 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, g, asked):
         (q, k, v), m = ctx.saved_tensors, ctx.m
         (B,H,N,_), M, D = q.shape, k.shape[2], v.shape[-1]
-        g = q.new_zeros(B, H, N, D) if g is None else g
-        for gy,p in [o for task,*o in m.more if task==torch._C._current_graph_task_id()]:
-            g, v = (torch.cat([t, o[:,None].expand(-1,H,-1,-1)], -1) for t,o in ((g,gy), (v,p)))
-        gradients = _backward(*(t.flatten(0,1) for t in (q, k, v, g)), D, m.scale, None if m.map is None else m.map.flatten(0,1))
+        g, products = q.new_zeros(B, H, N, D) if g is None else g, []
+        for gy, p, product in [o for task, *o in m.more if task == torch._C._current_graph_task_id()]:
+            if product is not None: products.append(product.map)
+            else: g, v = (torch.cat([t, o[:,None].expand(-1, H, -1, -1)], -1) for t, o in ((g, gy), (v, p)))
+        kept, more = None if m.map is None else m.map.flatten(0, 1), functools.reduce(torch.add, products) if products else None
+        gradients = _backward(*(t.flatten(0, 1) for t in (q, k, v, g)), D, m.scale, kept, more)
         m.forget()
         m.more.clear()
         return *(t.unflatten(0, (B,H)) for t in gradients), None
 
-def _backward(q, k, v, g, D, scale, map, most=2**20):
-    "Gradients to q, k and the first `D` columns of v, all (B·heads, ·, ·)"
+def _backward(q, k, v, g, D, scale, map, more=None, most=2**20):
+    "Gradients to q, k and the first `D` columns of v, all (B·heads, ·, ·); `more` is added to the gradient of each head's map, (B, N, M')"
     gq, gk, gv, M = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v[...,:D]), k.shape[1]
     pieces = _pieces(*q.shape[:2], M, most)
+    image = None if more is None else torch.arange(len(q))//(len(q)//len(more))   # of each head
     part, again = _space(pieces, M, q), _space(pieces, M, q) if map is None else None
     for h,r in pieces:
         A = _softmax_scores(q[h,r], k[h], scale, again(h, r)) if map is None else map[h,r]
-        S = torch.bmm(g[h,r], v[h].mT, out=part(h, r))
+        S = part(h, r)
+        if more is None: torch.bmm(g[h,r], v[h].mT, out=S)
+        else: torch.index_select(more[:,r], 0, image[h], out=S).baddbmm_(g[h,r], v[h].mT)
         torch._softmax_backward_data(S, A, -1, A.dtype, grad_input=S)
         torch.baddbmm(q.new_empty(()), S, k[h], beta=0, alpha=scale, out=gq[h,r])
         gk[h].baddbmm_(S.mT, q[h,r], alpha=scale)
@@ -140,6 +145,16 @@ def _sums(maps, every, out=None, most=2**20):
         if out is None: yield b, r, total.to(qs[0].dtype)
         else: yield b, r, out[b,r].copy_(total)
 
+# %% ../nbs/13_quick.ipynb #5c0d8e21
+def _product(m, every, g, v):
+    "Memory with g vᵀ at positions `every` and zeros elsewhere, (B, N, M'); `None` where there is none or columns are cheaper"
+    (B, _, N, D), (_, M, C) = m.q.shape, v.shape
+    product = Loan(m.room, (B, N, M), g.dtype) if C>D else None
+    if product is None or product.map is None: return None
+    if g.shape[1]<N: product.map.zero_()
+    torch.bmm(g, v.mT, out=product.map[:,every])
+    return product
+
 # %% ../nbs/13_quick.ipynb #3dbb8e71
 class _Spread(torch.autograd.Function):
     "Mean of the maps times `p`; the maps whose `asked` wants a gradient are taught by it"
@@ -148,25 +163,26 @@ class _Spread(torch.autograd.Function):
         (B, _, N, _), heads = maps[0].q[:,:,every].shape, sum(m.q.shape[1] for m in maps)
         v = (p/heads).to(maps[0].q.dtype)
         ctx.sum, y = Loan(maps[0].room, (B, N, p.shape[1]), v.dtype), v.new_empty(B, N, p.shape[2])
-        for b,r,A in _sums(maps, every, ctx.sum.map): y[b,r] = torch.bmm(A, v[b])
+        for b, r, A in _sums(maps, every, ctx.sum.map): torch.bmm(A, v[b], out=y[b,r])
         if not ctx.needs_input_grad[2]: ctx.sum.forget()
-        ctx.maps, ctx.every, ctx.heads, ctx.p = maps, every, heads, p.detach().to(v.dtype)
+        ctx.maps, ctx.every, ctx.heads, ctx.v = maps, every, heads, v
         return y.to(p.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gy):
-        g, gp, kept = (gy/ctx.heads).to(ctx.p.dtype), None, ctx.sum.map
+        g, gp, kept = gy.to(ctx.v.dtype), None, ctx.sum.map
         if ctx.needs_input_grad[2]:
             sums = _sums(ctx.maps, ctx.every) if kept is None else [(slice(None), slice(None), kept)]
-            gp = gy.new_zeros(ctx.p.mT.shape)
+            gp = gy.new_zeros(ctx.v.mT.shape)
             for b,r,A in sums: gp[b] += torch.bmm(g[b,r].mT, A)   # the narrow side first is faster
-            gp = gp.mT
+            gp = gp.mT/ctx.heads
         ctx.sum.forget()
         if any(ctx.needs_input_grad[3:]):
-            n = ctx.maps[0].q.shape[2]
-            if g.shape[1]<n: g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.every.start, ctx.every.stop, ctx.every.step)
-            for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.p))
+            n, product = ctx.maps[0].q.shape[2], _product(ctx.maps[0], ctx.every, g, ctx.v)
+            if product is None and g.shape[1]<n:
+                g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.every.start, ctx.every.stop, ctx.every.step)
+            for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.v, product))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
 def spread(

@@ -2,7 +2,7 @@
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
 from torch.nn import functional as F
-from sasformer.sasformer import SASFormerLoss, Form, affinity_loss, combine, counted_rows
+from sasformer.sasformer import SASFormerLoss, Form, _DoubleL1, affinity_loss, combine, counted_rows
 from sasformer.attention import QK, attention_map
 
 
@@ -46,6 +46,27 @@ def test_same_numbers_every_time(threads):
     c = case(q_size=(48,40), k_size=(24,20), B=1)
     first = value_and_gradients(*c)
     for _ in range(3): assert all(torch.equal(a, b) for a,b in zip(first, value_and_gradients(*c)))
+
+
+@pytest.mark.parametrize('classes', [2, 150])
+def test_threads_do_not_change_the_numbers(classes):
+    torch.manual_seed(0)
+    n, seen = torch.get_num_threads(), []
+    y, p, on = torch.rand(3, 40, classes), torch.rand(3, 80, classes)[:,::2], torch.rand(3, 80)[:,::2] < .5
+    y, p = y.requires_grad_(), p.detach().requires_grad_()   # p and on with gaps
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        value = _DoubleL1.apply(y, p, on)
+        seen.append([value, *torch.autograd.grad(value, (y, p))])
+    torch.set_num_threads(n)
+    for other in seen[1:]: assert all(torch.equal(a, b) for a, b in zip(seen[0], other))
+    assert (seen[0][1][~on] == 0).all() and (seen[0][2][~on] == 0).all()
+
+
+def test_distance_without_positions():
+    y, p = (torch.rand(2, 0, 5, requires_grad=True) for _ in 'yp')
+    value = _DoubleL1.apply(y, p, torch.ones(2, 0, dtype=torch.bool))
+    assert value == 0 and [g.shape for g in torch.autograd.grad(value, (y, p))] == [y.shape, p.shape]
 
 
 def test_padding_is_left_out():
