@@ -22,7 +22,8 @@ class AffinityLoss(SASFormerLoss):
 def __getattr__(name):
     if name not in __all__: raise AttributeError(f"sasformer.affinity has no {name}")
     warnings.warn("sasformer.affinity is now sasformer.sasformer", DeprecationWarning, stacklevel=2)
-    return getattr(_new, name)
+    return getattr(_new, _renamed.get(name, name))
 
 _options = ['DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'Form']   # what `sasformer.methods` holds of it now
-__all__ = ['AffinityLoss', *_new.__all__, *_options]
+_renamed = dict(counted_rows='counted_positions', draw_every='draw_positions')
+__all__ = ['AffinityLoss', *_new.__all__, *_options, *_renamed]

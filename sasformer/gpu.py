@@ -24,7 +24,7 @@ from types import SimpleNamespace
 # %% ../nbs/68_gpu.ipynb #ac7f9479
 def methods()->SimpleNamespace:
     "What is compared and timed"
-    from sasformer.sasformer import DISTANCES, FORMS, Form, affinity_loss, combine, counted_rows, draw_every
+    from sasformer.sasformer import DISTANCES, FORMS, Form, affinity_loss, combine, counted_positions, draw_positions
     from sasformer.attention import QK, AttentionTap, attention_map
     from sasformer.treefilter import edge_affinity, minimum_spanning_tree, tree_filter
     from sasformer.tel import soft_labels, tree_energy
@@ -102,7 +102,7 @@ def plain_terms(m, blocks, logits, target, form):
     import torch.nn.functional as F
     scores, terms = logits if form.scores == 'logits' else logits.softmax(1), {}
     for b, layers in blocks.items():
-        every, on = m.draw_every(form.share), m.counted_rows(target, layers[0].q_size, form.rows)
+        every, on = m.draw_positions(form.fraction), m.counted_positions(target, layers[0].q_size, form.positions)
         sizes = layers[0].k_size, layers[0].q_size
         v, p = (F.interpolate(scores, s, mode='bilinear', align_corners=False).flatten(2).mT for s in sizes)
         if form.scores == 'logits': v, p = v.softmax(-1), p.softmax(-1)
@@ -131,7 +131,7 @@ def affinity_case(draw, n):
     m, out = methods(), {}
     blocks, logits, target = affinity_inputs(m, draw, n//2)
     layers = [o for block in blocks.values() for o in block]
-    forms = {**m.FORMS, **{d: m.Form(distance=d) for d in m.DISTANCES}, 'a quarter of the positions': m.Form(share=.25)}
+    forms = {**m.FORMS, **{d: m.Form(distance=d) for d in m.DISTANCES}, 'a quarter of the positions': m.Form(fraction=.25)}
     loss = functools.partial(plain_terms, m) if logits.dtype == torch.float64 else m.affinity_loss
     for name, form in forms.items():
         torch.manual_seed(0)   # of the positions

@@ -12,7 +12,7 @@ import argparse, contextlib, copy, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.all import L, partial
-from .sasformer import Form, affinity_loss, combine, propagate
+from .sasformer import Form, affinity_loss, combine, propagate_fused
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
 from .data import ToModel, sparse_dataloaders
@@ -84,7 +84,7 @@ def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
 
-LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagate=propagate), maps=dict(propagate=maps), sampled=dict(form=Form(share=.25)))
+LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagation=propagate_fused), maps=dict(propagation=maps), sampled=dict(form=Form(fraction=.25)))
 
 def _fold(y, classes): return (y%classes).where(y<PADDING, y)   # the scenes' classes, in a model with fewer
 

@@ -154,23 +154,23 @@ class Form:
     "Every choice that the affinity loss leaves open; see the table in the notebook"
     scores:str = 'logits'           # What is resized to a block's resolution: 'logits' or 'probabilities'
     double:bool = True              # Softmax of the propagated probabilities and of the probabilities?
-    rows:str = 'unlabelled'         # Positions that count: 'unlabelled' or 'all'; never padding
+    positions:str = 'unlabelled'    # Which positions count: 'unlabelled' or 'all'; never padding
     blocks:tuple|None = None        # Encoder blocks by index from 1; None: all
     over_blocks:str = 'mean'        # 'mean' or 'sum'
     distance:str = 'L1'             # 'L1', 'L2', 'KL' or 'CE'
     temperature:float = 1.          # Of the attention: its scores are divided by it, so below 1 it is sharper than the network's own
     detach:tuple = ()               # What is held fixed, of 'A' (attention), 'V' (propagated scores P'), 'P' (prediction)
-    share:float = 1.                # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
+    fraction:float = 1.             # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
 
     def __post_init__(self):
-        for name,value,allowed in (('scores', self.scores, ('logits','probabilities')), ('rows', self.rows, ('unlabelled','all')),
+        for name,value,allowed in (('scores', self.scores, ('logits','probabilities')), ('positions', self.positions, ('unlabelled','all')),
                                    ('over_blocks', self.over_blocks, ('mean','sum')), ('distance', self.distance, tuple(DISTANCES))):
             if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
         for name in ('blocks','detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
-        n = round(1/self.share) if self.share>0 else 0
-        if self.share!=1 and (n<2 or abs(n*self.share-1)>.011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        n = round(1/self.fraction) if self.fraction>0 else 0
+        if self.fraction!=1 and (n<2 or abs(n*self.fraction-1)>.011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
@@ -183,8 +183,8 @@ DISTANCES = dict(
     CE=lambda y, p: -(y*p.clamp_min(1e-8).log()).sum(-1))
 
 # %% ../nbs/20_sasformer.ipynb #c8225430
-PAPER    = Form(scores='probabilities', rows='all', over_blocks='mean')
-RELEASED = Form(scores='logits', rows='unlabelled', over_blocks='sum')
+PAPER    = Form(scores='probabilities', positions='all', over_blocks='mean')
+RELEASED = Form(scores='logits', positions='unlabelled', over_blocks='sum')
 DEFAULT  = Form()
 FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 
@@ -215,13 +215,10 @@ class SASFormer(Method):
 
     def whole_form(self)->Form:
         "The form with what was given"
-        names = dict(rows='positions', share='fraction')
-        given = {f.name: v for f in dataclasses.fields(Form) if (v := getattr(self, names.get(f.name, f.name))) is not None}
+        given = {f.name: v for f in dataclasses.fields(Form) if (v := getattr(self, f.name)) is not None}
         return dataclasses.replace(FORMS[self.form], **given)
 
-    def meaning(self):
-        w = dataclasses.asdict(self.whole_form())
-        return {**dataclasses.asdict(self), **w, 'positions': w['rows'], 'fraction': w['share']}
+    def meaning(self): return {**dataclasses.asdict(self), **dataclasses.asdict(self.whole_form())}
 
     def callbacks(self):
         from sasformer.sasformer import SASFormerLoss

@@ -4,8 +4,8 @@ from conftest import rounding
 from torch.nn import functional as F
 from sasformer.sasformer import Form, affinity_loss, combine
 from sasformer.annotations import UNLABELLED
-from sasformer.attention import AttentionTap, attention_map, heard
-from sasformer.quick import AttentionMap, MapRoom, QuickAttention, _Attention, can_be_quick, spread
+from sasformer.attention import AttentionTap, attention_map, recording
+from sasformer.quick import AttentionMap, BufferPool, QuickAttention, _Attention, can_be_quick, propagate_kept
 from sasformer.segmenters import create_segmenter
 
 
@@ -27,7 +27,7 @@ def gradient(loss, model, **kw): return torch.cat([g.flatten() for g in torch.au
 
 
 def plain(model, x, y, form=Form()):
-    return gradient(loss_of(model, x, y, torch.enable_grad(), form, propagate=lambda l, p: attention_map(l) @ p), model)
+    return gradient(loss_of(model, x, y, torch.enable_grad(), form, propagation=lambda l, p: attention_map(l) @ p), model)
 
 
 def close(model, x, y, *gradients, form=Form(), seed=None):
@@ -58,12 +58,12 @@ def test_backward_twice(model):
 
 def test_memory_is_used_again_and_bounded(model):
     x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention(.2)
-    room = quick.room
+    pool = quick.pool
     for n in (2, 1, 2):
         loss = loss_of(model, x[:n], y[:n], quick)
-        assert 0<room.taken<=.2*2**20
+        assert 0<pool.taken<=.2*2**20
         del loss; gc.collect()
-        assert room.taken==sum(size*len(o) for size,o in room.free.items())   # also without a backward pass
+        assert pool.taken==sum(size*len(o) for size,o in pool.free.items())   # also without a backward pass
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -90,12 +90,12 @@ def test_bfloat16_is_rounded_once(layers, heads, mb):
     "However many maps are added up: class scores that sum to 1 still do, and differ from float32 by about one rounding"
     torch.manual_seed(0)
     rand = lambda n: torch.randn(2, heads, n, 16).bfloat16()
-    qk, room, p = [(rand(64), rand(32)) for _ in range(layers)], MapRoom(mb), torch.rand(2, 32, 4).softmax(-1).requires_grad_()
+    qk, pool, p = [(rand(64), rand(32)) for _ in range(layers)], BufferPool(mb), torch.rand(2, 32, 4).softmax(-1).requires_grad_()
     maps = []
     for q,k in qk:
-        m = AttentionMap(q, k, .25, room)
+        m = AttentionMap(q, k, .25, pool)
         maps.append((m, _Attention.apply(q.requires_grad_(), k, k, m)[1]))
-    y = spread(maps, p)
+    y = propagate_kept(maps, p)
     plain = torch.cat([(q.float() @ k.float().mT*.25).softmax(-1) for q,k in qk], 1).mean(1) @ p
     g = torch.randn_like(y)
     a, b = (torch.autograd.grad(o, p, g)[0] for o in (y, plain))
@@ -110,10 +110,10 @@ def test_a_share_without_positions(model, mb):
     x, y, quick = torch.randn(2, 3, 64, 64), target(), QuickAttention(mb)
     for seed in range(4):
         torch.manual_seed(seed)
-        loss = loss_of(model, x, y, quick, Form(share=1/30))
+        loss = loss_of(model, x, y, quick, Form(fraction=1/30))
         first = gradient(loss, model, retain_graph=True)
         again = gradient(loss, model)   # the maps are made again
-        close(model, x, y, first, again, form=Form(share=1/30), seed=seed)
+        close(model, x, y, first, again, form=Form(fraction=1/30), seed=seed)
 
 
 def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
@@ -124,7 +124,7 @@ def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
     handle = layer.blocks[0].attn.proj.register_forward_pre_hook(stop)
     with AttentionTap(model), pytest.raises(Stop), QuickAttention(): model(x)
     handle.remove()
-    assert heard.layer is None
+    assert recording.layer is None
     with QuickAttention(), torch.no_grad(): assert torch.equal(model(x), model(x))
 
 

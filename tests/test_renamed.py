@@ -14,7 +14,7 @@ def test_affinity():
     import sasformer.affinity as old
     for name in AFFINITY:
         with pytest.warns(DeprecationWarning, match='sasformer.affinity is now sasformer.sasformer'): found = getattr(old, name)
-        assert found is getattr(sasformer.sasformer, name)
+        assert found is getattr(sasformer.sasformer, dict(counted_rows='counted_positions', draw_every='draw_positions').get(name, name))
     with pytest.raises(AttributeError, match='sasformer.affinity has no propagated'): old.propagated
 
 

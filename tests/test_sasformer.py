@@ -2,7 +2,7 @@
 import pytest, torch
 from sasformer.annotations import PADDING, UNLABELLED
 from torch.nn import functional as F
-from sasformer.sasformer import SASFormerLoss, Form, _DoubleL1, affinity_loss, combine, counted_rows
+from sasformer.sasformer import SASFormerLoss, Form, _DoubleL1, affinity_loss, combine, counted_positions
 from sasformer.attention import QK, attention_map
 
 
@@ -19,8 +19,8 @@ def case(B=3, C=5, layers=2, heads=3, q_size=(24,20), k_size=(6,5), prefix=0, dt
     return blocks, logits, target
 
 
-def value_and_gradients(blocks, logits, target, form=Form(), propagate=None):
-    loss = combine(affinity_loss(blocks, logits, target, form, propagate))
+def value_and_gradients(blocks, logits, target, form=Form(), propagation=None):
+    loss = combine(affinity_loss(blocks, logits, target, form, propagation))
     return loss.detach(), *torch.autograd.grad(loss, [logits, *(t for o in blocks[0] for t in (o.q, o.k))])
 
 
@@ -39,7 +39,7 @@ def threads(request):
 @pytest.mark.parametrize('kw', [{}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6,5)), dict(q_size=(96,80), k_size=(24,20), heads=5, B=2)])
 def test_equals_maps(threads, kw):
     c = case(**kw)
-    close(value_and_gradients(*c), value_and_gradients(*c, propagate=maps))
+    close(value_and_gradients(*c), value_and_gradients(*c, propagation=maps))
 
 
 def test_same_numbers_every_time(threads):
@@ -72,7 +72,7 @@ def test_distance_without_positions():
 def test_padding_is_left_out():
     blocks, logits, target = case()
     target[1:, 30:], target[0] = PADDING, PADDING   # nothing of the first image
-    close(value_and_gradients(blocks, logits, target), value_and_gradients(blocks, logits, target, propagate=maps))
+    close(value_and_gradients(blocks, logits, target), value_and_gradients(blocks, logits, target, propagation=maps))
     target[:] = PADDING
     assert all((o==0).all() for o in value_and_gradients(blocks, logits, target))
 
@@ -80,7 +80,7 @@ def test_padding_is_left_out():
 def test_bfloat16():
     c = case(dtype=torch.bfloat16)
     loss, *grads = value_and_gradients(*c)
-    plain, *expected = value_and_gradients(*c, propagate=maps)
+    plain, *expected = value_and_gradients(*c, propagation=maps)
     assert abs(loss-plain)<.002*plain
     for a,b in zip(grads, expected): assert (a-b).float().norm()<.05*b.float().norm()
 
@@ -89,16 +89,16 @@ def test_bfloat16():
 def test_a_share_has_no_bias(rows):
     c = case(q_size=(12,10), k_size=(3,3), B=2)
     c[2][1, 50:] = PADDING   # fewer positions count in the second image
-    exact = value_and_gradients(*c, Form(rows=rows))
-    draws = [value_and_gradients(*c, Form(rows=rows, share=.25)) for _ in range(400)]
+    exact = value_and_gradients(*c, Form(positions=rows))
+    draws = [value_and_gradients(*c, Form(positions=rows, fraction=.25)) for _ in range(400)]
     for e,*d in zip(exact, *draws):
         d = torch.stack(d)
         assert ((d.mean(0)-e).abs() <= 5*d.std(0)/len(draws)**.5+1e-7).float().mean()>.999
     assert torch.stack([d[0] for d in draws]).std()>0
     torch.manual_seed(3)
-    a = value_and_gradients(*c, Form(share=.5))
+    a = value_and_gradients(*c, Form(fraction=.5))
     torch.manual_seed(3)
-    close(a, value_and_gradients(*c, Form(share=.5), maps))   # the same draw
+    close(a, value_and_gradients(*c, Form(fraction=.5), maps))   # the same draw
 
 
 def test_not_a_number_stays():
@@ -135,5 +135,5 @@ def test_counted_rows_are_the_nearest(shape, size):
     target = torch.where(torch.rand(2, *shape)<.3, 7, UNLABELLED)
     target[:,100:] = PADDING
     nearest = F.interpolate(target[:,None].float(), size, mode='nearest').flatten(1)
-    assert torch.equal(counted_rows(target, size, 'unlabelled'), nearest==UNLABELLED)
-    assert torch.equal(counted_rows(target, size, 'all'), nearest!=PADDING)
+    assert torch.equal(counted_positions(target, size, 'unlabelled'), nearest==UNLABELLED)
+    assert torch.equal(counted_positions(target, size, 'all'), nearest!=PADDING)
