@@ -220,6 +220,8 @@ class SASFormerLoss(LossTerm):
         super().before_fit()
         self.tap = _tap(self.model, self.form.blocks)
 
+    def combine(self, terms): return combine(terms, self.form.over_blocks)
+
 # %% ../nbs/20_sasformer.ipynb #4c92ad6c
 @patch
 def before_batch(self:SASFormerLoss):
@@ -231,9 +233,6 @@ def terms(self:SASFormerLoss):
     self.tap.clear()   # so that the backward pass can free queries and keys as it goes
     by_block = affinity_loss(blocks, self.logits, self.label_map, self.form)
     return {f'aff{b}': term for b, term in by_block.items()}
-
-@patch
-def combine(self:SASFormerLoss, terms): return combine(terms, self.form.over_blocks)
 
 @patch
 def leave(self:SASFormerLoss):
