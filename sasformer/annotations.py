@@ -57,7 +57,7 @@ SCRIBBLE_TAGS = ('background plane bike bird boat bottle bus car cat chair cow t
 # %% ../nbs/00_annotations.ipynb #47a2b519
 def voc_palette():  # Colours of the ids 0..255, (256, 3) uint8
     "The VOC devkit's colours: bit `i` of an id goes, in turn, to red, green and blue, highest bit first"
-    ids,palette = np.arange(256),np.zeros((256, 3), np.uint8)
+    ids, palette = np.arange(256), np.zeros((256, 3), np.uint8)
     for i in range(8): palette[:, i%3] |= (((ids >> i) & 1) << (7 - i//3)).astype(np.uint8)
     return palette
 
@@ -75,7 +75,7 @@ def read_label_map(
     name = name or str(getattr(file, 'name', file))
     try:
         with Image.open(file, formats=('PNG', 'BMP', 'TIFF')) as image:
-            mode,raw = image.mode,(image.tile[0].args if image.tile else None)
+            mode, raw = image.mode, (image.tile[0].args if image.tile else None)
             ids = np.array(image)
     except FileNotFoundError: raise
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
@@ -115,7 +115,7 @@ def write_label_map(
     palette=None, # Colours of the ids, (C, 3) uint8; None: the VOC devkit's
 ):
     "Write a label map as a palette PNG, which a viewer shows in colours and `read_label_map` reads as ids"
-    path,colours = Path(path),voc_palette()
+    path, colours = Path(path), voc_palette()
     if palette is not None: colours[:len(palette)] = palette
     image = Image.fromarray(check_label_map(label_map, name=str(path)))
     image.putpalette(colours.tobytes())
@@ -127,16 +127,16 @@ def _disc(diameter):
     if diameter != int(diameter) or diameter < 1 or diameter % 2 == 0:
         raise AnnotationError(f'stroke width or diameter {diameter}: expected an odd number of pixels (1, 3, 5, …)')
     r = int(diameter) // 2
-    y,x = np.mgrid[-r:r+1, -r:r+1]
+    y, x = np.mgrid[-r:r+1, -r:r+1]
     inside = x**2 + y**2 <= (diameter/2)**2
-    return y[inside],x[inside]
+    return y[inside], x[inside]
 
 def _stroke(rows, cols, diameter, shape):
     "Rows and columns of a disc drawn at every one of the pixels `rows`, `cols`, as far as they lie in the image"
-    dy,dx = _disc(diameter)
-    y,x = (np.asarray(rows)[:, None] + dy).ravel(),(np.asarray(cols)[:, None] + dx).ravel()
+    dy, dx = _disc(diameter)
+    y, x = (np.asarray(rows)[:, None] + dy).ravel(), (np.asarray(cols)[:, None] + dx).ravel()
     inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
-    return y[inside],x[inside]
+    return y[inside], x[inside]
 
 # %% ../nbs/00_annotations.ipynb #46b1e675
 def _pixels(xy, shape, outside, name):
@@ -146,7 +146,7 @@ def _pixels(xy, shape, outside, name):
     if not np.isfinite(xy).all(): raise AnnotationError(f'{name}: expected positions in pixels, found {xy.tolist()}')
     bad = ((xy < 0) | (xy >= (shape[1], shape[0]))).any(1)
     if outside == 'error' and bad.any():
-        x,y = xy[bad][0].astype(int)
+        x, y = xy[bad][0].astype(int)
         raise AnnotationError(f"{name}: x={x}, y={y} is outside of the image of {shape[1]}×{shape[0]} pixels (width×height); "
                               "outside='crop' draws what lies inside")
     return xy.astype(int)
@@ -173,8 +173,8 @@ def draw_points(
 )->np.ndarray:        # Label map, (H, W) uint8
     "Draw points as discs on an unlabelled map"
     label_map = np.full(shape, UNLABELLED, np.uint8)
-    for cls,x,y in points:
-        (x,y), = _pixels((x, y), shape, outside, name)
+    for cls, x, y in points:
+        (x, y), = _pixels((x, y), shape, outside, name)
         label_map[_stroke([y], [x], diameter, shape)] = cls
     return label_map
 
@@ -189,11 +189,11 @@ def draw_lines(
     "Draw polylines with round joints and ends on an unlabelled map"
     from skimage import draw
     label_map = np.full(shape, UNLABELLED, np.uint8)
-    for cls,xy in lines:
+    for cls, xy in lines:
         xy = _pixels(xy, shape, outside, name)
         if not len(xy): continue  # a line without vertices labels nothing
-        pixels = [draw.line(y0, x0, y1, x1) for (x0,y0),(x1,y1) in zip(xy, xy[1:] if len(xy) > 1 else xy)]
-        rows,cols = np.concatenate(pixels, axis=1)
+        pixels = [draw.line(y0, x0, y1, x1) for (x0, y0),(x1, y1) in zip(xy, xy[1:] if len(xy) > 1 else xy)]
+        rows, cols = np.concatenate(pixels, axis=1)
         label_map[_stroke(rows, cols, width, shape)] = cls
     return label_map
 
@@ -211,14 +211,14 @@ def _read_points(path):
     except ValueError as e: raise AnnotationError(f'{path}: not a JSON file ({e})') from e
     if not isinstance(images, dict): raise AnnotationError(f'{path}: expected an object of image ids, found {type(images).__name__}')
     def point(id, p):
-        try: cls,x,y,rank = p['cls'],float(p['x']),float(p['y']),float(p.get('rank', 0))
+        try: cls, x, y, rank = p['cls'], float(p['x']), float(p['y']), float(p.get('rank', 0))
         except (KeyError, TypeError, ValueError, OverflowError) as e: raise AnnotationError(f'{path}: {id}: {p} is no point with cls, x, y') from e
         if type(cls) is not int or not 0 <= cls < PADDING or not math.isfinite(x + y):
             raise AnnotationError(f'{path}: {id}: cls={cls}, x={x}, y={y}: expected a class id and a position in pixels')
-        return rank,Point(cls, x, y)
-    bad = next((id for id,points in images.items() if not isinstance(points, list)), None)
+        return rank, Point(cls, x, y)
+    bad = next((id for id, points in images.items() if not isinstance(points, list)), None)
     if bad is not None: raise AnnotationError(f'{path}: {bad}: expected a list of points, found {type(images[bad]).__name__}')
-    return {id: [p for _,p in sorted((point(id, p) for p in points), key=lambda ranked: ranked[0])] for id,points in images.items()}
+    return {id: [p for _,p in sorted((point(id, p) for p in points), key=lambda ranked: ranked[0])] for id, points in images.items()}
 
 # %% ../nbs/00_annotations.ipynb #0d5f667a
 class PointFile:
@@ -230,7 +230,7 @@ class PointFile:
     ):
         self.foreground = _read_points(foreground)
         self.background = _read_points(background) if background is not None else {}
-        self.name,self.outside,self.ids = str(foreground),outside,sorted(self.foreground.keys() | self.background.keys())
+        self.name, self.outside, self.ids = str(foreground), outside, sorted(self.foreground.keys() | self.background.keys())
 
     def points(self, id):
         "`Point`s of image `id` in drawing order: background first, so that an object's click lies on top, then by rank"
@@ -245,7 +245,7 @@ class PointFile:
         n_classes=None,   # Number of classes, to check the ids; None: not checked
     )->np.ndarray:        # Label map, (H, W) uint8
         "Draw the points of one image"
-        points,name = self.points(id),f'{self.name}: {id}'
+        points, name = self.points(id), f'{self.name}: {id}'
         for p in points:
             if n_classes is not None and p.cls >= n_classes:
                 raise AnnotationError(f'{name}: id {p.cls} is beyond the {n_classes} classes (0..{n_classes-1})')
@@ -262,7 +262,7 @@ class ScribbleXML:
         within='',           # Take only files below this folder of `path`, for archives that hold several sets
         outside='error',     # Vertices outside of their image: 'error' or 'crop', see `draw_lines`
     ):
-        self.path,self.tags,self.outside,self._zip = Path(path),list(tags),outside,(None, None)
+        self.path, self.tags, self.outside, self._zip = Path(path), list(tags), outside, (None, None)
         if self.path.is_dir(): names = [p.relative_to(self.path).as_posix() for p in self.path.rglob('*.xml')]
         elif self.path.is_file(): names = self._open().namelist()
         else: raise FileNotFoundError(f'{path}: expected a folder or a zip file of scribbles')
@@ -278,7 +278,7 @@ class ScribbleXML:
     def _open(self):
         "The zip file, opened once per process: workers must not share a file position"
         if self._zip[0] != os.getpid():
-            try: self._zip = os.getpid(),zipfile.ZipFile(self.path)
+            try: self._zip = os.getpid(), zipfile.ZipFile(self.path)
             except zipfile.BadZipFile as e: raise AnnotationError(f'{self.path}: neither a folder nor a zip file ({e})') from e
         return self._zip[1]
 
@@ -289,12 +289,12 @@ class ScribbleXML:
 def _read(self:ScribbleXML, id):
     "The XML of one image, read in memory: nothing is ever unpacked to disk"
     if id not in self._members: raise AnnotationError(f'{self.path}: no image {id!r} among {len(self.ids)}')
-    member,name = self._members[id],f'{self.path}: {self._members[id]}'
+    member, name = self._members[id], f'{self.path}: {self._members[id]}'
     try:
         with ((self.path/member).open('rb') if self.path.is_dir() else self._open().open(member)) as f: raw = f.read(self.max_bytes + 1)
     except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as e: raise AnnotationError(f'{name}: cannot be read ({e})') from e
     if len(raw) > self.max_bytes: raise AnnotationError(f'{name}: more than {self.max_bytes} bytes, no scribble is that long')
-    try: return name,ElementTree.fromstring(raw, forbid_dtd=True)
+    try: return name, ElementTree.fromstring(raw, forbid_dtd=True)
     except (ElementTree.ParseError, DefusedXmlException, ValueError) as e: raise AnnotationError(f'{name}: not a plain XML file ({e})') from e
 
 def _number(element, path, name):
@@ -308,9 +308,9 @@ def _number(element, path, name):
 # %% ../nbs/00_annotations.ipynb #bf7ae1b9
 def _shape(root, name):
     "(H, W) as an XML file gives it"
-    h,w = (_number(root, f'size/{side}', name) for side in ('height', 'width'))
+    h, w = (_number(root, f'size/{side}', name) for side in ('height', 'width'))
     if min(h, w) < 1 or h % 1 or w % 1: raise AnnotationError(f'{name}: <size> is {h}×{w} (height×width), expected whole pixels')
-    return int(h),int(w)
+    return int(h), int(w)
 
 def _lines(root, tags, name):
     "Polylines of an XML file"
@@ -326,13 +326,13 @@ def _lines(root, tags, name):
 @patch
 def shape(self:ScribbleXML, id):
     "(H, W) of image `id`"
-    name,root = self._read(id)
+    name, root = self._read(id)
     return _shape(root, name)
 
 @patch
 def lines(self:ScribbleXML, id):
     "`Line`s of image `id`, in the file's order"
-    name,root = self._read(id)
+    name, root = self._read(id)
     return _lines(root, self.tags, name)
 
 @patch
@@ -342,7 +342,7 @@ def label_map(self:ScribbleXML,
     shape=None,  # (H, W) of the image, to check the file's; None: not checked
 )->np.ndarray:   # Label map, (H, W) uint8
     "Draw the scribbles of one image"
-    name,root = self._read(id)
+    name, root = self._read(id)
     size = _shape(root, name)
     if shape is not None and size != tuple(shape): raise AnnotationError(f'{name}: <size> is {size} (H, W), expected {tuple(shape)}')
     return draw_lines(_lines(root, self.tags, name), size, width, self.outside, name)
@@ -373,10 +373,10 @@ def _regions(mask, per, min_area):
     ids[mask >= PADDING] = 0
     numbers = measure.label(ids, background=0, connectivity=2) if per == 'component' else ids
     areas = np.bincount(numbers.ravel())
-    for i,crop in enumerate(ndimage.find_objects(numbers), 1):
+    for i, crop in enumerate(ndimage.find_objects(numbers), 1):
         if crop is None or areas[i] < min_area * mask.size: continue
         region = numbers[crop] == i
-        yield int(mask[crop][region][0]),crop,region
+        yield int(mask[crop][region][0]), crop, region
 
 def _unlabelled(mask):
     "A map without labels; what is padding in the mask stays so"
@@ -398,12 +398,12 @@ def simulate_points(
 )->np.ndarray:       # Label map, (H, W) uint8
     "Clicks: one pixel per region, anywhere at least half as deep inside as the region's deepest pixel"
     from scipy import ndimage
-    mask,rng = check_label_map(mask, name='mask'),np.random.default_rng(seed)
+    mask, rng = check_label_map(mask, name='mask'), np.random.default_rng(seed)
     label_map = _unlabelled(mask)
     _disc(diameter)
-    for cls,crop,region in _regions(mask, per, min_area):
+    for cls, crop, region in _regions(mask, per, min_area):
         depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
-        rows,cols = np.nonzero(depth >= depth.max()/2)
+        rows, cols = np.nonzero(depth >= depth.max()/2)
         i = int(rng.random() * len(rows))
         _label(label_map, crop, region, cls, rows[[i]], cols[[i]], diameter)
     return label_map
@@ -417,16 +417,16 @@ def _longest_path(skeleton):
     number = np.full(np.add(skeleton.shape, 2), -1)
     number[1:-1, 1:-1][skeleton] = np.arange(len(pixels))
     edges = []
-    for dy,dx in ((0,1), (1,-1), (1,0), (1,1)):
+    for dy, dx in ((0, 1), (1, -1), (1, 0), (1, 1)):
         other = number[pixels[:, 0] + 1 + dy, pixels[:, 1] + 1 + dx]
         i = np.flatnonzero(other >= 0)
         edges.append((i, other[i], np.full(len(i), math.hypot(dy, dx))))
-    i,j,length = map(np.concatenate, zip(*edges))
+    i, j, length = map(np.concatenate, zip(*edges))
     graph = sparse.csr_array((length, (i, j)), shape=(len(pixels),)*2)
     far = 0
     for _ in range(2):
         start = far
-        d,before = csgraph.dijkstra(graph, directed=False, indices=start, return_predecessors=True)
+        d, before = csgraph.dijkstra(graph, directed=False, indices=start, return_predecessors=True)
         far = int(np.where(np.isfinite(d), d, -1).argmax())
     path = [far]
     while path[-1] != start: path.append(int(before[path[-1]]))
@@ -452,7 +452,7 @@ def centre_line(
     path = _longest_path(morphology.skeletonize(region))
     if len(path) < 1.4*math.sqrt(np.count_nonzero(region)/math.pi):  # as short as only that of a round thing can be
         depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
-        (row,col),r = np.unravel_index(depth.argmax(), depth.shape),int(.7*depth.max())
+        (row, col), r = np.unravel_index(depth.argmax(), depth.shape), int(.7*depth.max())
         if len(path) < 2*r + 1: return np.stack(np.broadcast_arrays(row, np.arange(col - r, col + r + 1)), axis=1)
     window = min(smoothness, (len(path)-1) | 1)
     while True:
@@ -470,13 +470,13 @@ def simulate_scribbles(
     min_area=0.0005, # Smallest component that gets a scribble, as a share of the image
 )->np.ndarray:       # Label map, (H, W) uint8
     "One scribble per connected component, along its centre line; shorter or fewer ones are parts of the full set"
-    for name,value in dict(length=length, drop=drop).items():
+    for name, value in dict(length=length, drop=drop).items():
         if not 0 <= value <= 1: raise AnnotationError(f'{name}={value}: expected a ratio between 0 and 1')
-    mask,rng = check_label_map(mask, name='mask'),np.random.default_rng(seed)
+    mask, rng = check_label_map(mask, name='mask'), np.random.default_rng(seed)
     label_map = _unlabelled(mask)
     _disc(width)
-    for cls,crop,region in _regions(mask, 'component', min_area):
-        where,keep = rng.random(2)  # drawn for every region, so that the other regions do not depend on `drop`
+    for cls, crop, region in _regions(mask, 'component', min_area):
+        where, keep = rng.random(2)  # drawn for every region, so that the other regions do not depend on `drop`
         if keep < drop: continue
         path = centre_line(region)
         n = max(1, round(length * len(path)))
@@ -492,18 +492,18 @@ def simulate_blocks(
     size=None,  # Side of a block, in pixels; None: a sixteenth of the image's shorter side
 )->np.ndarray:  # Label map, (H, W) uint8
     "Whole square blocks with all their labels, as many as come closest to `share`"
-    mask,rng = check_label_map(mask, name='mask'),np.random.default_rng(seed)
+    mask, rng = check_label_map(mask, name='mask'), np.random.default_rng(seed)
     if not 0 < share < 1: raise AnnotationError(f'share={share}: expected a share between 0 and 1')
     if size is None: size = max(1, min(mask.shape) // 16)
     known = mask < PADDING
     if size < 1 or size > min(mask.shape) and known.any():
         raise AnnotationError(f'size={size}: expected a block of at least 1 pixel that fits into the image, {mask.shape}')
     n = np.array(mask.shape) // size
-    y,x = (rng.random(2) * (np.array(mask.shape) - n*size + 1)).astype(int)  # the grid starts anywhere in the remainder
-    inside = slice(y, y + n[0]*size),slice(x, x + n[1]*size)
+    y, x = (rng.random(2) * (np.array(mask.shape) - n*size + 1)).astype(int)  # the grid starts anywhere in the remainder
+    inside = slice(y, y + n[0]*size), slice(x, x + n[1]*size)
     grid = known[inside].reshape(n[0], size, n[1], size).sum((1, 3)).ravel()
     order = np.argsort(rng.random(grid.size), kind='stable')
-    total,target = np.cumsum([0, *grid[order]]),share * known.sum()
+    total, target = np.cumsum([0, *grid[order]]), share * known.sum()
     if target - total[-1] > size**2 / 2:
         raise AnnotationError(f'share={share}, size={size}: whole blocks cover only {total[-1]/known.sum():.2f} of a mask {mask.shape}')
     chosen = np.zeros(grid.size, bool)
@@ -522,8 +522,8 @@ _SIMULATORS = {'dense': (_dense, {}), 'point': (simulate_points, {}), 'scribble'
 
 def _options(kind):
     "Options of a kind of annotation, with their defaults"
-    simulator,fixed = _SIMULATORS[kind]
-    return {k: p.default for k,p in inspect.signature(simulator).parameters.items() if k != 'mask' and k not in fixed}
+    simulator, fixed = _SIMULATORS[kind]
+    return {k: p.default for k, p in inspect.signature(simulator).parameters.items() if k != 'mask' and k not in fixed}
 
 def _novel(value):
     "Class names with + between them"
@@ -535,26 +535,26 @@ def parse_annotation(
     spec:str, # A kind, and options if need be: 'scribble:length=0.5,drop=0.2,width=3,seed=1', 'dense:novel=cow+bicycle'
 )->tuple:     # (kind, dict of the options that were given)
     "Read the name of an annotation; a wrong one is answered with what there is"
-    kind,_,rest = spec.partition(':')
+    kind, _, rest = spec.partition(':')
     if kind not in _SIMULATORS:
         raise AnnotationError(f'annotation {spec!r}: unknown kind {kind!r}, expected one of {", ".join(_SIMULATORS)}')
-    known,given = {**_options(kind), 'novel': ()},{}
+    known, given = {**_options(kind), 'novel': ()}, {}
     for option in filter(None, (o.strip() for o in rest.split(','))):
-        name,_,value = (s.strip() for s in option.partition('='))
+        name, _, value = (s.strip() for s in option.partition('='))
         if name not in known:
             raise AnnotationError(f'annotation {spec!r}: unknown option {name!r}, {kind} has {", ".join(known)}')
         if name in given: raise AnnotationError(f'annotation {spec!r}: option {name!r} comes twice')
-        if name == 'novel': convert,expected = _novel,'class names with + between them'
+        if name == 'novel': convert, expected = _novel, 'class names with + between them'
         else:
             convert = type(known[name]) if known[name] is not None else int
             expected = convert.__name__
         try: given[name] = convert(value)
         except ValueError as e:
             raise AnnotationError(f'annotation {spec!r}: {name} is {value!r}, expected {expected}') from e
-    drawn = {k: v for k,v in given.items() if k != 'novel'}
+    drawn = {k: v for k, v in given.items() if k != 'novel'}
     try: simulate(np.full((1, 1), UNLABELLED), (kind, drawn), '')  # the simulator itself judges the values
     except AnnotationError as e: raise AnnotationError(f'annotation {spec!r}: {e}') from e
-    return kind,given
+    return kind, given
 
 # %% ../nbs/00_annotations.ipynb #ac951343
 def simulate(
@@ -563,10 +563,10 @@ def simulate(
     name:str,   # Image id: it seeds the randomness, together with the option `seed`
 )->np.ndarray:  # Label map, (H, W) uint8
     "The sparse label map that an annotator of this kind might have left of a dense mask"
-    kind,options = parse_annotation(spec) if isinstance(spec, str) else spec
+    kind, options = parse_annotation(spec) if isinstance(spec, str) else spec
     if options.get('novel'):
         raise AnnotationError(f"novel={'+'.join(options['novel'])}: a mask does not know the names of classes, `Source.annotation` does")
-    simulator,fixed = _SIMULATORS[kind]
+    simulator, fixed = _SIMULATORS[kind]
     options = {**options, **fixed}
     return simulator(mask, seed=image_seed(options.pop('seed', 0), name), **options)
 
@@ -590,8 +590,8 @@ def label_statistics(
 )->LabelStatistics:
     "Count what is labelled, and, where dense masks are given, what is not"
     import pandas as pd
-    n,rows,sparse_counts,dense_counts,wrong = len(classes),[],[],[],np.zeros(len(classes), int)
-    for i,(labels,mask) in enumerate(pairs):
+    n, rows, sparse_counts, dense_counts, wrong = len(classes), [], [], [], np.zeros(len(classes), int)
+    for i, (labels, mask) in enumerate(pairs):
         labels = check_label_map(labels, n, name=f'image {i}')
         counts = np.bincount(labels.ravel(), minlength=256)
         sparse_counts.append(counts[:n])
@@ -601,7 +601,7 @@ def label_statistics(
             dense_counts[-1] = np.bincount(mask.ravel(), minlength=256)[:n]
             wrong += np.bincount(labels[(labels < PADDING) & (mask < PADDING) & (labels != mask)], minlength=n)
         rows.append((labels.size - counts[PADDING], counts[:n].sum()))
-    sparse_counts,dense_counts = (np.array(c).reshape(-1, n) for c in (sparse_counts, dense_counts))
+    sparse_counts, dense_counts = (np.array(c).reshape(-1, n) for c in (sparse_counts, dense_counts))
     missing = (dense_counts > 0) & (sparse_counts == 0)
     per_image = pd.DataFrame(rows, columns=['pixels', 'labelled']).assign(
         share=lambda t: t.labelled / t.pixels.clip(lower=1), classes=(sparse_counts > 0).sum(1), missing=missing.sum(1))
@@ -621,14 +621,14 @@ def label_statistics(
 def plot(self:LabelStatistics):
     "Share of the labels per class, share of labelled pixels per image and, where known, images that lack a class they contain"
     import matplotlib.pyplot as plt  # here, because training does not need it
-    table,known = self.per_class,'images that lack it' in self.per_class
-    fig,axs = plt.subplots(1, 2 + known, figsize=(5*(2 + known), 1 + .24*len(table)), dpi=80, layout='constrained')
+    table, known = self.per_class, 'images that lack it' in self.per_class
+    fig, axs = plt.subplots(1, 2 + known, figsize=(5*(2 + known), 1 + .24*len(table)), dpi=80, layout='constrained')
     axs[0].barh(table.index, table['share of labels'])
     axs[0].set(title='Share of the labelled pixels', xlabel='share'); axs[0].invert_yaxis()
     axs[1].hist(100*self.per_image['share'], bins=30)
     axs[1].set(title=f'Labelled pixels per image (all: {100*self.labelled_share:.2f} %)', xlabel='% of the pixels', ylabel='images')
     if known:
-        contain,lack = table['images that contain it'],table['images that lack it']
+        contain, lack = table['images that contain it'], table['images that lack it']
         axs[2].barh(table.index, contain - lack, label='labelled'); axs[2].barh(table.index, lack, left=contain - lack, label='contained, not labelled')
         axs[2].set(title='Images that contain the class', xlabel='images'); axs[2].invert_yaxis(); axs[2].legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
@@ -650,7 +650,7 @@ def tag_statistics(
     import pandas as pd
     tags = list(tags)
     on = np.zeros((len(tags), len(classes)), int)
-    for i,ids in enumerate(tags): on[i, list(ids)] = 1
+    for i, ids in enumerate(tags): on[i, list(ids)] = 1
     names = pd.Index(list(classes), name='class')
     images = on.sum(0)
     alone = on[on.sum(1) == 1].sum(0)
@@ -663,7 +663,7 @@ def plot(self:TagStatistics):
     "Images per class, and a map of the classes that come together"
     import matplotlib.pyplot as plt  # here, because training does not need it
     n = len(self.together)
-    fig,axs = plt.subplots(1, 2, figsize=(6 + .3*n, 1.6 + .24*n), dpi=80, layout='constrained')
+    fig, axs = plt.subplots(1, 2, figsize=(6 + .3*n, 1.6 + .24*n), dpi=80, layout='constrained')
     axs[0].barh(self.per_class.index, self.per_class.images)
     axs[0].set(title='Images that contain the class', xlabel='images'); axs[0].invert_yaxis()
     pairs = self.together.to_numpy() / np.maximum(1, self.per_class.images.to_numpy())[:, None]

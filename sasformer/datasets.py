@@ -19,7 +19,7 @@ from .annotations import (AnnotationError, UNLABELLED, check_label_map, image_se
                                    read_label_map, replacing, simulate, voc_palette, write_label_map)
 
 # %% ../nbs/01_datasets.ipynb #c9f384f7
-IMAGE_SUFFIXES = '.jpg','.jpeg','.png','.bmp','.tif','.tiff','.webp'
+IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
 def open_image(
     path,          # Image file
@@ -27,12 +27,12 @@ def open_image(
     "Open any image as RGB: EXIF rotation applied, 16-bit grey divided by 257, transparency laid over white"
     try:
         with Image.open(path) as im: im = ImageOps.exif_transpose(im)   # reads the pixels too
-        if im.mode=='F': raise ValueError("floating-point pixels have no fixed range")
-        if im.mode[0]=='I':
+        if im.mode == 'F': raise ValueError("floating-point pixels have no fixed range")
+        if im.mode[0] == 'I':
             a = np.asarray(im).astype(np.int64)
-            if a.min()<0 or a.max()>65535: raise ValueError(f"grey values {a.min()}…{a.max()} do not fit 16 bits")
+            if a.min() < 0 or a.max() > 65535: raise ValueError(f"grey values {a.min()}…{a.max()} do not fit 16 bits")
             im = Image.fromarray((a/257).round().astype(np.uint8))
-        if im.mode in ('LA','PA','RGBA','La','RGBa') or 'transparency' in im.info:
+        if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
             im = im.convert('RGBA')
             im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
         return im.convert('RGB')
@@ -60,14 +60,14 @@ class Source:
 
     def __post_init__(self):
         if self.palette is None: self.palette = voc_palette()[:len(self.classes)]
-        self.palette,self._cache,self._tags = np.asarray(self.palette, np.uint8),{},{}
+        self.palette, self._cache, self._tags = np.asarray(self.palette, np.uint8), {}, {}
         ids = [i for s in self.splits.values() for i in s]
-        if len(ids)!=len(set(ids)):
-            twice = sorted({i for i in ids if ids.count(i)>1})[:3]
+        if len(ids) != len(set(ids)):
+            twice = sorted({i for i in ids if ids.count(i) > 1})[:3]
             raise LayoutError(f"{self.name}: ids must differ within and between splits, these do not: {', '.join(twice)}")
 
     def __repr__(self):
-        splits = ', '.join(f'{len(v)} {k}' for k,v in self.splits.items())
+        splits = ', '.join(f'{len(v)} {k}' for k, v in self.splits.items())
         return f"{self.name}: {splits}, {len(self.classes)} classes; released: {', '.join(self.released) or 'none'}"
 
     def image_path(self, id):
@@ -101,14 +101,14 @@ def shape(self:Source,
     x = self._get(self.images, id, 'image')
     if not isinstance(x, Path): return x.shape[:2]
     try:
-        with Image.open(x) as im: return im.size if im.getexif().get(0x0112, 1)>4 else im.size[::-1]
+        with Image.open(x) as im: return im.size if im.getexif().get(0x0112, 1) > 4 else im.size[::-1]
     except FileNotFoundError: raise LayoutError(f"{x}: no such image") from None
     except OSError as e: raise OSError(f"{x}: cannot be read as an image: {e}") from e
 
 # %% ../nbs/01_datasets.ipynb #dace23a4
 def _read_mask(path, lut=None):
     "Class ids of a label file; `.mat` is the SBD's format"
-    if path.suffix!='.mat': m = read_label_map(path)
+    if path.suffix != '.mat': m = read_label_map(path)
     else:
         from scipy.io import loadmat
         try: m = loadmat(path)['GTcls']['Segmentation'][0,0].astype(np.uint8)
@@ -124,8 +124,8 @@ def mask(self:Source,
     x = self._get(self.masks, id, 'mask')
     if not isinstance(x, Path): return self._seen(id, x.copy())
     if not x.exists(): raise LayoutError(f"{x}: no such mask")
-    m,shape = _read_mask(x, self.lut),self.shape(id)
-    if m.shape!=shape: raise AnnotationError(f"{x} is {m.shape} (H, W), but its image {self.images[id]} is {shape}")
+    m, shape = _read_mask(x, self.lut), self.shape(id)
+    if m.shape != shape: raise AnnotationError(f"{x} is {m.shape} (H, W), but its image {self.images[id]} is {shape}")
     return self._seen(id, check_label_map(m, len(self.classes), name=str(x)))
 
 @patch
@@ -138,12 +138,12 @@ def _seen(self:Source, id, mask):
 # %% ../nbs/01_datasets.ipynb #198dbda6
 def _options(f):
     "Arguments of a reader's `label_map` that a spec may set"
-    return [p for p in inspect.signature(f).parameters if p not in ('id','shape','n_classes','outside')]
+    return [p for p in inspect.signature(f).parameters if p not in ('id', 'shape', 'n_classes', 'outside')]
 
 @patch
 def _annotate(self:Source, id, spec):
-    sim,spec_ = spec.startswith('sim_'),spec.removeprefix('sim_')
-    kind,options = parse_annotation(spec_)
+    sim, spec_ = spec.startswith('sim_'), spec.removeprefix('sim_')
+    kind, options = parse_annotation(spec_)
     novel = list(self._novel_ids(options.pop('novel', ()), spec))
     m = self._all_classes(id, spec, sim, kind, options)
     return np.where(np.isin(m, novel), np.uint8(UNLABELLED), m) if novel else m
@@ -159,9 +159,9 @@ def _all_classes(self:Source, id, spec, sim, kind, options):
                                       f"(they take {', '.join(_options(reader)) or 'nothing'}); write 'sim_{spec}' to simulate")
         m = reader(id, shape=self.shape(id), **options)
         return check_label_map(m, len(self.classes), name=f"{self.name}, {kind} of {id}")
-    if self.mask_kind!='dense': raise AnnotationError(f"{spec!r}: the masks of {self.name} are themselves {self.mask_kind}; "
+    if self.mask_kind != 'dense': raise AnnotationError(f"{spec!r}: the masks of {self.name} are themselves {self.mask_kind}; "
                                                       f"it has {', '.join(self.released)} and nothing dense to simulate from")
-    return self.mask(id) if kind=='dense' else simulate(self.mask(id), (kind, options), id)
+    return self.mask(id) if kind == 'dense' else simulate(self.mask(id), (kind, options), id)
 
 # %% ../nbs/01_datasets.ipynb #7f0c802b
 @patch
@@ -170,10 +170,10 @@ def annotation(self:Source,
     spec:str='scribble',# Kind and options, as `parse_annotation` reads them; 'sim_…' simulates even where real files exist
 )->np.ndarray:          # (H, W) uint8: class ids, 255 = unlabelled
     "The sparse label map; computed once and kept"
-    if (id,spec) not in self._cache:
+    if (id, spec) not in self._cache:
         m = np.ascontiguousarray(self._annotate(id, spec), np.uint8)
-        self._cache[id,spec] = m.shape,zlib.compress(m.tobytes(), 1)
-    shape,packed = self._cache[id,spec]
+        self._cache[id,spec] = m.shape, zlib.compress(m.tobytes(), 1)
+    shape, packed = self._cache[id,spec]
     return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape).copy()
 
 @patch
@@ -186,7 +186,7 @@ def precompute(self:Source, spec:str='scribble', split:str='train')->Source:
 @patch
 def pairs(self:Source, spec:str='scribble', split:str='train'):
     "(sparse, dense or None) of every id: what `label_statistics` takes"
-    dense = self.mask_kind=='dense'
+    dense = self.mask_kind == 'dense'
     for id in self.splits[split]: yield self.annotation(id, spec), self.mask(id) if dense and id in self.masks else None
 
 # %% ../nbs/01_datasets.ipynb #7a9c0002
@@ -266,8 +266,8 @@ def read_tags(
     classes,   # Names of the classes
 )->dict:       # Id → class names
     "Tags from a CSV file"
-    ids,table = {**{i: i for i in images}, **{f.name: i for i,f in images.items() if isinstance(f, Path)}},{}
-    for image,cell in _tag_rows(path):
+    ids, table = {**{i: i for i in images}, **{f.name: i for i, f in images.items() if isinstance(f, Path)}}, {}
+    for image, cell in _tag_rows(path):
         if image not in ids: raise AnnotationError(f"{path}: there is no image {image!r} among the {len(images)}")
         names = [cell] if cell in classes else [o.strip() for o in re.split('[;|]', cell) if o.strip()]
         if not names: raise AnnotationError(f"{path}: image {image!r} has no tag")
@@ -291,7 +291,7 @@ def write_tags(
     else:
         rows = [(i, n) for i,names in named.items() for n in names]   # a name with ; in it cannot stand beside another
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
-        csv.writer(f, lineterminator='\n').writerows([('image','tags'), *rows])
+        csv.writer(f, lineterminator='\n').writerows([('image', 'tags'), *rows])
 
 # %% ../nbs/01_datasets.ipynb #d85c54df
 @patch
@@ -299,18 +299,18 @@ def check(self:Source,
     read:bool=False,    # Also open every image, mask and released annotation (minutes on a large set)
 )->Source:              # Itself, if all is well
     "Verify that every listed file is there (and can be read); `LayoutError` names the first five that are not"
-    bad,ids = [],[i for s in self.splits.values() for i in s]
+    bad, ids = [], [i for s in self.splits.values() for i in s]
     bad += [f"split {k!r} is empty" for k,v in self.splits.items() if not len(v)]
-    for what,table in dict(image=self.images, mask=self.masks).items():
+    for what, table in dict(image=self.images, mask=self.masks).items():
         bad += [f"{what} {table[i]} is missing" for i in ids if isinstance(table.get(i), Path) and not table[i].is_file()]
     for i in ids if read and not bad else ():
         try:
             self.image(i)
             if i in self.masks: self.mask(i)
-            for k,r in self.released.items():
+            for k, r in self.released.items():
                 if i in r.ids: self.annotation(i, k)
         except (OSError, ValueError) as e: bad.append(str(e))
-    for k,r in self.released.items():
+    for k, r in self.released.items():
         have = set(r.ids)
         lack = [i for i in self.splits['train'] if i not in have]
         if lack: bad.append(f"released {k}: none for {len(lack)} of {len(self.splits['train'])} training images, such as {lack[0]}")
@@ -321,7 +321,7 @@ def check(self:Source,
     labelled = set(self.masks).union(*(r.ids for r in self.released.values()))
     lack = [i for i in ids if i not in labelled and i not in tagged]
     if lack: bad.append(f"nothing labels {len(lack)} of {len(ids)} images, such as {lack[0]}")
-    if bad: raise LayoutError(f"{self.name} at {self.root}: {len(bad)} problem{'s'*(len(bad)>1)}\n  " + '\n  '.join(bad[:5]) + '\n  …'*(len(bad)>5))
+    if bad: raise LayoutError(f"{self.name} at {self.root}: {len(bad)} problem{'s'*(len(bad)>1)}\n  " + '\n  '.join(bad[:5]) + '\n  …'*(len(bad) > 5))
     return self
 
 # %% ../nbs/01_datasets.ipynb #b81bc1f0
@@ -330,7 +330,7 @@ class MaskFolder:
     def __init__(self,
         files,          # Id → PNG
         lut=None,       # As in `Source`
-    ): self.files,self.lut,self.ids = files,lut,list(files)
+    ): self.files, self.lut, self.ids = files, lut, list(files)
 
     def label_map(self, id, shape=None):
         "The mask of an id, (H, W) uint8"
@@ -358,26 +358,26 @@ def _lines(path, what):
 def _folder_splits(images, val, seed, by_class=False):
     "Split name → {id: file}: by subfolders, or a seeded share of a flat folder; `by_class`: files lie in folders named by class"
     subs = sorted(o.name for o in images.iterdir() if o.is_dir() and not o.name.startswith('.')) if images.is_dir() else []
-    if subs and not (by_class and not {'train','val'} & set(subs)):
-        if not {'train','val'}<=set(subs):
+    if subs and not (by_class and not {'train', 'val'} & set(subs)):
+        if not {'train', 'val'} <= set(subs):
             raise LayoutError(f"{images}: expected subfolders train/ and val/ (or none), found {', '.join(subs)}")
-        return {s:_listing(images/s, 'images', recurse=by_class) for s in ('train','val',*sorted(set(subs)-{'train','val'}))}
+        return {s:_listing(images/s, 'images', recurse=by_class) for s in ('train', 'val', *sorted(set(subs)-{'train', 'val'}))}
     files = _listing(images, 'images', recurse=by_class)
     n = round(val*len(files))
-    if not 0<n<len(files): raise LayoutError(f"{images}: {len(files)} images leave no share of {val} for validation")
+    if not 0 < n < len(files): raise LayoutError(f"{images}: {len(files)} images leave no share of {val} for validation")
     held = set(sorted(files, key=lambda i: image_seed(seed, i))[:n])
-    return {'train':{k:v for k,v in files.items() if k not in held}, 'val':{k:v for k,v in files.items() if k in held}}
+    return {'train':{k:v for k, v in files.items() if k not in held}, 'val':{k:v for k, v in files.items() if k in held}}
 
 def _class_names(path, classes):
     if classes is None:
-        found = [path/o for o in ('codes.txt','classes.txt') if (path/o).is_file()]
+        found = [path/o for o in ('codes.txt', 'classes.txt') if (path/o).is_file()]
         if not found:
             raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, or `classes=`")
         classes = found[0]
-    return _lines(Path(classes), 'class names, one a line') if isinstance(classes, (str,Path)) else list(classes)
+    return _lines(Path(classes), 'class names, one a line') if isinstance(classes, (str, Path)) else list(classes)
 
 # %% ../nbs/01_datasets.ipynb #c4d8c2f6
-KINDS = 'scribble','point','block10','block20','block50'
+KINDS = 'scribble', 'point', 'block10', 'block20', 'block50'
 
 def folder(
     path,               # Holds the folders below
@@ -393,34 +393,34 @@ def folder(
     "A folder of images with masks"
     path = Path(path)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
-    if masks=='masks' and not (path/masks).is_dir() and (tags or any((path/k).is_dir() for k in KINDS)): masks = None
-    if kind!='dense' and kind not in KINDS:
+    if masks == 'masks' and not (path/masks).is_dir() and (tags or any((path/k).is_dir() for k in KINDS)): masks = None
+    if kind != 'dense' and kind not in KINDS:
         raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
-    parts,classes = _folder_splits(path/images, val, seed, tags == 'folders'),_class_names(path, classes)
-    files,released = {k:f for p in parts.values() for k,f in p.items()},{}
-    if len(files)<sum(map(len, parts.values())):
+    parts, classes = _folder_splits(path/images, val, seed, tags == 'folders'), _class_names(path, classes)
+    files, released = {k:f for p in parts.values() for k, f in p.items()}, {}
+    if len(files) < sum(map(len, parts.values())):
         raise LayoutError(f"{path/images}: ids must differ between {', '.join(parts)}")
     def table(sub, only=parts):
         flat = not any((path/sub/s).is_dir() for s in parts)
         tabs = [_listing(path/sub, 'masks', ending=ending)] if flat else [_listing(path/sub/s, 'masks', ending=ending) for s in only]
-        return {k:f for t in tabs for k,f in t.items() if k in files}
+        return {k:f for t in tabs for k, f in t.items() if k in files}
     for k in KINDS:
-        if (path/k).is_dir() and k!=masks: released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]))
+        if (path/k).is_dir() and k != masks: released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]))
     dense = table(masks, [s for s in parts if not tags or (path/masks/s).is_dir()]) if masks else {}
     tag_table = _folder_tags(path, tags, parts, dense, classes) if tags else {}
-    if kind!='dense': released[kind] = MaskFolder(dense)
+    if kind != 'dense': released[kind] = MaskFolder(dense)
     lack = [k for k in files if k not in dense and (k not in tag_table or k in parts['val'])] if masks else []
     if lack:
         raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, such as {lack[0]} (of {files[lack[0]]})")
-    return Source(name, path, classes, {k:list(v) for k,v in parts.items()}, files, dense, palette, released,
+    return Source(name, path, classes, {k:list(v) for k, v in parts.items()}, files, dense, palette, released,
                   mask_kind=kind if masks else 'absent', tag_table=tag_table or None)
 
 def _folder_tags(path, tags, parts, dense, classes):
     "Id → class names, of every training image and of every other one without a mask"
-    files = {k:f for p in parts.values() for k,f in p.items()}
+    files = {k:f for p in parts.values() for k, f in p.items()}
     if tags == 'folders':
-        table = {k: [f.parent.name] for k,f in files.items()}
-        wrong = next((k for k,(name,) in table.items() if name not in classes), None)
+        table = {k: [f.parent.name] for k, f in files.items()}
+        wrong = next((k for k, (name,) in table.items() if name not in classes), None)
         if wrong:
             raise LayoutError(f"{files[wrong]}: tags='folders' expects a folder named by a class ({', '.join(classes[:30])})")
         return table
@@ -431,20 +431,20 @@ def _folder_tags(path, tags, parts, dense, classes):
 
 # %% ../nbs/01_datasets.ipynb #72f45f7d
 SCENE_CLASSES = ['background','striped disc','spotted disc','striped box','checked box','plain ring']
-SCENE_PALETTE = [(0,0,0),(230,60,60),(245,165,50),(60,110,230),(70,200,220),(180,90,200)]
+SCENE_PALETTE = [(0, 0, 0),(230, 60, 60),(245, 165, 50),(60, 110, 230),(70, 200, 220),(180, 90, 200)]
 
 def _outline(name, u, v, r):
     "Signed distance to an outline of radius r around the origin of (u, v)"
-    if name=='box': return np.maximum(np.abs(u)-r, np.abs(v)-.75*r)
+    if name == 'box': return np.maximum(np.abs(u)-r, np.abs(v)-.75*r)
     rho = np.hypot(u, v)
-    return rho-r if name=='disc' else np.abs(rho-.75*r)-.3*r
+    return rho-r if name == 'disc' else np.abs(rho-.75*r)-.3*r
 
 def _texture(name, u, v, period):
     "0…1: share of the second colour"
-    a,b = np.sin(2*np.pi*u/period),np.sin(2*np.pi*v/period)
-    if name=='striped': t = 2*a
-    elif name=='spotted': t = 4*(a*b-.45)
-    elif name=='checked': t = 4*a*b
+    a, b = np.sin(2*np.pi*u/period), np.sin(2*np.pi*v/period)
+    if name == 'striped': t = 2*a
+    elif name == 'spotted': t = 4*(a*b-.45)
+    elif name == 'checked': t = 4*a*b
     else: t = np.full_like(u, -1)
     return np.clip(t+.5, 0, 1)
 
@@ -452,13 +452,13 @@ def _texture(name, u, v, period):
 def _colours(rng, n=2, apart=70):
     "n random colours, the first two of which differ by `apart` in brightness at least"
     while True:
-        c = rng.uniform(30, 226, (n,3))
-        if abs(c[0].mean()-c[1].mean())>apart: return c
+        c = rng.uniform(30, 226, (n, 3))
+        if abs(c[0].mean()-c[1].mean()) > apart: return c
 
 def _clouds(rng, size, grid):
     "Smooth noise, 0…1: a small random grid enlarged; (size, size, 1)"
-    g = Image.fromarray(rng.uniform(0, 1, (grid,grid)).astype(np.float32))
-    return np.clip(np.asarray(g.resize((size,size), Image.Resampling.BICUBIC)), 0, 1)[...,None]
+    g = Image.fromarray(rng.uniform(0, 1, (grid, grid)).astype(np.float32))
+    return np.clip(np.asarray(g.resize((size, size), Image.Resampling.BICUBIC)), 0, 1)[...,None]
 
 def _paint(im, d, colour):
     "Lay a colour over the pixels where the signed distance d is negative"
@@ -467,8 +467,8 @@ def _paint(im, d, colour):
 
 def _place(rng, size):
     "Coordinates (u, v) in pixels around a random place, turned at random"
-    y,x = np.mgrid[:size,:size].astype(np.float32)
-    c,(ox,oy) = rng.uniform(0, np.pi),rng.uniform(.1, .9, 2)*size
+    y, x = np.mgrid[:size,:size].astype(np.float32)
+    c, (ox, oy) = rng.uniform(0, np.pi), rng.uniform(.1, .9, 2)*size
     return (x-ox)*np.cos(c)+(y-oy)*np.sin(c), (y-oy)*np.cos(c)-(x-ox)*np.sin(c)
 
 # %% ../nbs/01_datasets.ipynb #88265a12
@@ -477,23 +477,23 @@ def draw_scene(
     size=128,          # Side in pixels
 )->tuple:              # (size, size, 3) uint8 image, (size, size) uint8 mask
     "One scene: a cloudy background, clutter, four to six things"
-    s,bg,t = size/128,_colours(rng, 2, 20),_clouds(rng, size, 5)
-    im,mask = bg[0]*(1-t)+bg[1]*t,np.zeros((size,size), np.uint8)
+    s, bg, t = size/128, _colours(rng, 2, 20), _clouds(rng, size, 5)
+    im, mask = bg[0]*(1-t)+bg[1]*t, np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(6, 13)):                   # clutter: blobs and strokes too small to be things
-        u,v = _place(rng, size)
-        long,wide = rng.uniform(2, 14)*s,rng.uniform(.8, 2.5)*s
+        u, v = _place(rng, size)
+        long, wide = rng.uniform(2, 14)*s, rng.uniform(.8, 2.5)*s
         im = _paint(im, np.hypot(np.maximum(np.abs(u)-long, 0), v)-wide, rng.uniform(30, 226, 3))
     for _ in range(rng.integers(4, 7)):
-        k,r = rng.integers(1, len(SCENE_CLASSES)),rng.uniform(12, 35)*s
-        texture,shape = SCENE_CLASSES[k].split()
-        u,v = _place(rng, size)
-        d,(a,b) = _outline(shape, u, v, r),_colours(rng)
+        k, r = rng.integers(1, len(SCENE_CLASSES)), rng.uniform(12, 35)*s
+        texture, shape = SCENE_CLASSES[k].split()
+        u, v = _place(rng, size)
+        d, (a, b) = _outline(shape, u, v, r), _colours(rng)
         t = _texture(texture, u, v, rng.uniform(7, 11)*s)[...,None]
         shade = 1+.25*np.clip(v/r, -1, 1)[...,None]        # lit from one side
         im = _paint(im, d, (a*(1-t)+b*t)*shade)
-        mask[d<0] = k
+        mask[d < 0] = k
     im = im*(.85+.3*_clouds(rng, size, 4))+rng.normal(0, 7, im.shape)
-    return np.clip(im, 0, 255).round().astype(np.uint8),mask
+    return np.clip(im, 0, 255).round().astype(np.uint8), mask
 
 # %% ../nbs/01_datasets.ipynb #9ac200c1
 def scenes(
@@ -505,9 +505,9 @@ def scenes(
     "The built-in data set: the same scenes for the same arguments, made in seconds"
     settings = dict(version=1, n_train=n_train, n_val=n_val, size=size, seed=seed)
     if path is not None and Path(path).exists(): return _read_scenes(Path(path), settings)
-    splits = {s:[f'{s}_{i:04}' for i in range(n)] for s,n in (('train',n_train),('val',n_val))}
+    splits = {s:[f'{s}_{i:04}' for i in range(n)] for s, n in (('train', n_train), ('val', n_val))}
     made = {i:draw_scene(np.random.default_rng(image_seed(seed, i)), size) for s in splits.values() for i in s}
-    src = Source('scenes', None, list(SCENE_CLASSES), splits, {k:v[0] for k,v in made.items()}, {k:v[1] for k,v in made.items()}, SCENE_PALETTE)
+    src = Source('scenes', None, list(SCENE_CLASSES), splits, {k:v[0] for k, v in made.items()}, {k:v[1] for k, v in made.items()}, SCENE_PALETTE)
     if path is None: return src
     _write_scenes(src, Path(path), settings)
     return _read_scenes(Path(path), settings)
@@ -517,8 +517,8 @@ def _write_scenes(src, path, settings):
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', dir=path.parent))
     try:
-        for s,ids in src.splits.items():
-            for d in ('images','labels'): (tmp/d/s).mkdir(parents=True)
+        for s, ids in src.splits.items():
+            for d in ('images', 'labels'): (tmp/d/s).mkdir(parents=True)
             for i in ids:
                 src.image(i).save(tmp/'images'/s/f'{i}.png')
                 write_label_map(tmp/'labels'/s/f'{i}.png', src.mask(i), src.palette)
@@ -532,7 +532,7 @@ def _read_scenes(path, settings):
     found = path/'scenes.json'
     if not found.is_file(): raise LayoutError(f"{path}: exists but holds no scenes (no scenes.json); name a new folder")
     had = json.loads(found.read_text())
-    if had!=settings: raise LayoutError(f"{path}: holds scenes made with {had}, asked for {settings}; name another folder")
+    if had != settings: raise LayoutError(f"{path}: holds scenes made with {had}, asked for {settings}; name another folder")
     return folder(path, masks='labels', name='scenes', palette=SCENE_PALETTE)
 
 # %% ../nbs/01_datasets.ipynb #a1dd0002

@@ -59,7 +59,7 @@ def demo(
     finally:
         for p in processes.values(): p.kill()
         show.end()
-    for m,p in processes.items():
+    for m, p in processes.items():
         if p.wait(): sys.exit(f"{m} failed:\n"+logs[m].read_text(encoding='utf-8'))
     print("drawing the picture", flush=True)
     draw_demo(out, methods)
@@ -86,4 +86,4 @@ def main(args=None):
     p.add_argument('--seed', type=int, default=0, help="Seed of both (default: 0)")
     demo(**vars(p.parse_args(args)))
 
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

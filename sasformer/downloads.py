@@ -36,7 +36,7 @@ DOWNLOADS = {
 def _digest(path, checksum):
     "Checksum of a file, written like `checksum`"
     algorithm = checksum.partition(':')[0]
-    if algorithm not in ('md5','sha256'): raise ValueError(f"checksum {checksum!r}: expected 'md5:…' or 'sha256:…'")
+    if algorithm not in ('md5', 'sha256'): raise ValueError(f"checksum {checksum!r}: expected 'md5:…' or 'sha256:…'")
     h = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, 'rb') as f:
         while block := f.read(1<<20): h.update(block)
@@ -48,9 +48,9 @@ def _request(url, start, tag, timeout):
     if start: headers |= {'Range':f'bytes={start}-', 'If-Range':tag}
     r = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout)
     length = r.headers.get('Content-Length')
-    if r.status!=206: return r, 0, int(length) if length else None
-    span,_,whole = r.headers.get('Content-Range', '').removeprefix('bytes ').partition('/')
-    if not start or span.split('-')[0]!=str(start):
+    if r.status != 206: return r, 0, int(length) if length else None
+    span, _, whole = r.headers.get('Content-Range', '').removeprefix('bytes ').partition('/')
+    if not start or span.split('-')[0] != str(start):
         r.close()
         raise DownloadError(f"{url}: asked for bytes from {start}, the server sent range {span!r}")
     return r, start, int(whole) if whole.isdigit() else None
@@ -60,10 +60,10 @@ def _transfer(url, part, timeout, progress):
     "Fetch what `part` still lacks; True when it is complete"
     tagfile = part.with_name(part.name+'.tag')
     start = part.stat().st_size if part.exists() and tagfile.exists() else 0     # without a tag the rest might be of another file
-    r,at,size = _request(url, start, tagfile.read_text() if start else '', timeout)
+    r, at, size = _request(url, start, tagfile.read_text() if start else '', timeout)
     with r:
         free = shutil.disk_usage(part.parent).free
-        if size and size-at>free: raise OSError(errno.ENOSPC, f"{size-at} bytes to fetch, {free} free")
+        if size and size-at > free: raise OSError(errno.ENOSPC, f"{size-at} bytes to fetch, {free} free")
         tag = r.headers.get('ETag', 'W/')
         if tag.startswith('W/'): tag = r.headers.get('Last-Modified', '')        # a weak tag does not promise equal bytes
         tagfile.write_text(tag) if tag else tagfile.unlink(missing_ok=True)
@@ -72,29 +72,29 @@ def _transfer(url, part, timeout, progress):
                 f.write(block)
                 if progress: progress(f.tell(), size)
             done = f.tell()
-    if size and done>size: raise DownloadError(f"{url}: {done} bytes came, {size} were announced")
-    return size is None or done==size
+    if size and done > size: raise DownloadError(f"{url}: {done} bytes came, {size} were announced")
+    return size is None or done == size
 
 # %% ../nbs/04_downloads.ipynb #4c86e092
 def _attempt(url, part, timeout, progress):
     "None when `part` is complete, else why it is not; raises where trying again would not help"
     try: return None if _transfer(url, part, timeout, progress) else 'the connection broke'
     except urllib.error.HTTPError as e:
-        if e.code!=416: raise DownloadError(f"{url}: the server answers {e.code} {e.reason}") from e
-        have,whole = part.stat().st_size if part.exists() else 0, (e.headers.get('Content-Range') or '').rpartition('/')[2]
-        if have and whole==str(have): return None        # 416: nothing lies beyond what we have: it was all there
+        if e.code != 416: raise DownloadError(f"{url}: the server answers {e.code} {e.reason}") from e
+        have, whole = part.stat().st_size if part.exists() else 0, (e.headers.get('Content-Range') or '').rpartition('/')[2]
+        if have and whole == str(have): return None        # 416: nothing lies beyond what we have: it was all there
         part.unlink(missing_ok=True)
         return 'the part that was kept is longer than the file'
     except DownloadError: raise
     except OSError as e:
-        if e.errno==errno.ENOSPC: raise DownloadError(f"{part}: no space left on the disk ({e.strerror}); {_kept(part)}") from e
+        if e.errno == errno.ENOSPC: raise DownloadError(f"{part}: no space left on the disk ({e.strerror}); {_kept(part)}") from e
         return str(e)
     except HTTPException as e: return repr(e)
 
 def _kept(part): return f"{part.stat().st_size if part.exists() else 0} bytes are kept in {part}, the next call goes on from there"
 
 def _verify(path, checksum, hint):
-    if checksum and (found := _digest(path, checksum))!=checksum.lower(): raise DownloadError(f"{path}: checksum {found}, expected {checksum}; {hint}")
+    if checksum and (found := _digest(path, checksum)) != checksum.lower(): raise DownloadError(f"{path}: checksum {found}, expected {checksum}; {hint}")
     return path
 
 # %% ../nbs/04_downloads.ipynb #3b87379c
@@ -109,7 +109,7 @@ def download(
 )->Path:                # `dest`
     "Fetch a file: resumed after a break, checked, and there under its name only when it is whole"
     dest = Path(dest)
-    if urllib.parse.urlsplit(url).scheme not in ('http','https'): raise DownloadError(f"{url}: only http and https are fetched")
+    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'): raise DownloadError(f"{url}: only http and https are fetched")
     if dest.exists(): return _verify(dest, checksum, "delete it to fetch it again")
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name+'.part')
@@ -137,7 +137,7 @@ def extract(
     dest,          # Folder
 )->list:           # What now lies in `dest`: the archive's topmost files and folders
     "Unpack an archive into a folder, and only there"
-    archive,dest = Path(archive),Path(dest)
+    archive, dest = Path(archive), Path(dest)
     dest.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix='.unpack.', dir=dest))
     try:
@@ -161,7 +161,7 @@ def _show_progress(done, size):
 
 def _listed(name):
     "One line on a data set: what can be fetched, of what size, under which terms"
-    if name=='scenes': return f"{name:<11}made here in seconds"
+    if name == 'scenes': return f"{name:<11}made here in seconds"
     if name not in DOWNLOADS: return f"{name:<11}by hand: see data/README.md"
     a = DOWNLOADS[name]
     size = f"{a.bytes/1e9:.1f} GB" if a.bytes else 'size unknown'
@@ -176,11 +176,11 @@ def download_cli(
     keep:bool=False, # download: keep the archive after unpacking; one that lay there before is kept anyway
 ):
     "Data sets: list, download (resumed and verified) or check them"
-    if action=='list': return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *(k for k in SOURCES if k not in ('scenes','folder',*DOWNLOADS))])))
+    if action == 'list': return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *(k for k in SOURCES if k not in ('scenes', 'folder', *DOWNLOADS))])))
     if name is None or path is None:
         sys.exit(f"sasformer_data {action}: name a data set and its folder, as in: sasformer_data {action} camvid --path data/camvid")
     try:
-        if action=='check' or name=='scenes': return print(get_source(name, path).check(read=read), '- all there')
+        if action == 'check' or name == 'scenes': return print(get_source(name, path).check(read=read), '- all there')
         if name not in DOWNLOADS:
             sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); data/README.md says where to get it")
         a = DOWNLOADS[name]

@@ -16,18 +16,18 @@ from .recipes import PRECISIONS   # what needs torch is imported where it is use
 # %% ../nbs/61_evaluate.ipynb #6a2c96c8
 def scale_list(s):
     "'0.5,1,1.5' as numbers; 'paper' stands for the paper's seven"
-    if s=='paper':
+    if s == 'paper':
         from sasformer.inference import paper_scales
         return paper_scales
     try: scales = tuple(float(o) for o in s.split(','))
     except ValueError: scales = ()
-    if not scales or not all(0<o<math.inf for o in scales):
+    if not scales or not all(0 < o < math.inf for o in scales):
         raise argparse.ArgumentTypeError(f"{s!r}: expected factors above 0 with commas between them, or 'paper'")
     return scales
 
 def window_side(s):
     "A side in pixels"
-    if not s.isdecimal() or int(s)<32: raise argparse.ArgumentTypeError(f"{s!r}: expected a side of at least 32 pixels")
+    if not s.isdecimal() or int(s) < 32: raise argparse.ArgumentTypeError(f"{s!r}: expected a side of at least 32 pixels")
     return int(s)
 
 def usable_device(s):
@@ -70,7 +70,7 @@ def open_data(
         try: run = json.loads(settings.read_text())['recipe']
         except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{settings}: not the settings of a run: {e!r}") from e
         data = data or run.get('data')
-        if path is None and data==run.get('data'): path = run.get('path')
+        if path is None and data == run.get('data'): path = run.get('path')
     return get_source(data, path).check()
 
 # %% ../nbs/61_evaluate.ipynb #f4d4f8af
@@ -79,11 +79,11 @@ def same_classes(
     src,    # Data set
 ):
     "Raises if the classes of model and data set differ, and names the first that does"
-    ours,theirs,n = list(model.classes),list(src.classes),model.config['n_classes']
+    ours, theirs, n = list(model.classes), list(src.classes), model.config['n_classes']
     if not ours: ours = theirs[:n]+['(no name)']*(n-len(theirs))   # saved without names: only their number can be compared
     for i in range(max(len(ours), len(theirs))):
-        a,b = (c[i] if i<len(c) else None for c in (ours, theirs))
-        if a!=b:
+        a, b = (c[i] if i < len(c) else None for c in (ours, theirs))
+        if a != b:
             say = lambda c: 'nothing' if c is None else repr(c)
             raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set {src.name} ({len(theirs)} classes)")
 
@@ -103,7 +103,7 @@ def result(
 )->dict:      # Ready for JSON
     "The numbers of an evaluation"
     plain = lambda v: None if math.isnan(v) else v
-    named = lambda values: {c: plain(v) for c,v in zip(classes, values.tolist())}
+    named = lambda values: {c: plain(v) for c, v in zip(classes, values.tolist())}
     return dict(miou=plain(cm.miou), pixel_accuracy=plain(cm.pixel_accuracy), mean_accuracy=plain(cm.mean_accuracy),
                 iou=named(cm.iou), accuracy=named(cm.recall), pixels=dict(zip(classes, cm.counts.sum(1).tolist())))
 
@@ -150,10 +150,10 @@ def main(args=None):
         same_classes(model, src)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n>1, window=o.window, dtype=machine.dtype)
+        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window, dtype=machine.dtype)
         if first: report(cm, src, o, machine, time.time()-start, n)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
 
 # %% ../nbs/61_evaluate.ipynb #f40b2da1
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

@@ -38,7 +38,7 @@ def image_tensor(
     model=None,      # For which model; None: one that expects ImageNet's statistics
 )->torch.Tensor:     # (1, 3, H, W), float32
     "A photograph as a model's input: upright RGB, normalised as its backbone expects"
-    return normalise(torch.tensor(_rgb(image)).permute(2,0,1), statistics_of(model))[None]
+    return normalise(torch.tensor(_rgb(image)).permute(2, 0, 1), statistics_of(model))[None]
 
 # %% ../nbs/32_inference.ipynb #13ac1699
 @contextmanager
@@ -51,7 +51,7 @@ def evaluating(
     try:
         with torch.inference_mode(): yield model
     finally:
-        for m,training in modes: m.training = training
+        for m, training in modes: m.training = training
 
 # %% ../nbs/32_inference.ipynb #9fe33063
 def _resize(x, size): return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
@@ -71,13 +71,13 @@ def predict_logits(
     x = x.to(next(model.parameters()).device, memory_format=torch.channels_last)
     if window is not None:
         return _resize(_sliding(model, x, window, overlap, multiple=multiple, dtype=dtype), size or x.shape[-2:])
-    h,w = x.shape[-2:]
+    h, w = x.shape[-2:]
     # MiT cannot take less than 29 pixels: its first block reduces keys at 1/4 by another 8
-    padded = [max(math.ceil(s/multiple)*multiple, math.ceil(32/multiple)*multiple) for s in (h,w)]
+    padded = [max(math.ceil(s/multiple)*multiple, math.ceil(32/multiple)*multiple) for s in (h, w)]
     with evaluating(model), torch.autocast(x.device.type, dtype, enabled=dtype is not None), QuickAttention():
         if padded == [h,w]: y = model(x).float()
         else: y = _resize(model(F.pad(x, (0, padded[1]-w, 0, padded[0]-h))).float(), padded)[...,:h,:w]
-        return _resize(y, size or (h,w))
+        return _resize(y, size or (h, w))
 
 # %% ../nbs/32_inference.ipynb #c511cb40
 def window_starts(
@@ -93,8 +93,8 @@ def window_starts(
 
 def _sliding(model, x, window, overlap, **kw):
     "Scores at the size of `x`, averaged where windows overlap"
-    wh,ww = (window,window) if isinstance(window, int) else window
-    total,count = None,x.new_zeros(x.shape[-2:])
+    wh, ww = (window, window) if isinstance(window, int) else window
+    total, count = None, x.new_zeros(x.shape[-2:])
     for top in window_starts(x.shape[-2], wh, overlap):
         for left in window_starts(x.shape[-1], ww, overlap):
             part = (..., slice(top, top+wh), slice(left, left+ww))
@@ -117,7 +117,7 @@ def multi_scale_logits(
 )->torch.Tensor:          # Logarithm of the mean probabilities, (B, C, *size), float32
     "Class probabilities averaged over scales and mirror images"
     if not len(scales): raise ValueError('scales is empty: expected at least one factor')
-    size,total = tuple(size or x.shape[-2:]),None
+    size, total = tuple(size or x.shape[-2:]), None
     for s in scales:
         xs = _resize(x, [max(1, round(n*s)) for n in x.shape[-2:]])
         y = predict_logits(model, torch.cat([xs, xs.flip(-1)]) if flip else xs, size, **kw).softmax(1)
@@ -145,7 +145,7 @@ def evaluate(
 )->ConfusionMatrix:
     "Compare predictions with the dense masks of a data set, image by image, each at its full size"
     if split not in src.splits: raise ValueError(f'{src.name}: no split {split!r}, expected one of {list(src.splits)}')
-    ids,cm = src.splits[split],ConfusionMatrix(len(src.classes))
+    ids, cm = src.splits[split], ConfusionMatrix(len(src.classes))
     without = [i for i in ids if i not in src.masks]
     if without: raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, the first is {without[0]}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
@@ -176,7 +176,7 @@ def overlay(
     alpha:float=.5,        # Weight of the colour, 0 to 1
 )->Image.Image:
     "Label map in colour over its image"
-    x,palette = _rgb(image),voc_palette() if palette is None else np.asarray(palette)
+    x, palette = _rgb(image), voc_palette() if palette is None else np.asarray(palette)
     if x.shape[:2] != label_map.shape: raise ValueError(f'image {x.shape[:2]} and label map {label_map.shape} differ in size')
     drawn = label_map < 254
     if drawn.any() and (top := label_map[drawn].max()) >= len(palette): raise ValueError(f'label map has class {top}, palette only {len(palette)} colours')
@@ -194,12 +194,12 @@ def legend(
     "Colours and names of the classes as a picture"
     palette = voc_palette() if palette is None else palette
     if len(palette) < len(classes): raise ValueError(f'{len(classes)} classes but only {len(palette)} colours')
-    font,rows = ImageFont.load_default(size),math.ceil(len(classes)/columns)
-    width,height = round(max(font.getlength(str(c)) for c in classes)) + 3*size,round(1.6*size)
+    font, rows = ImageFont.load_default(size), math.ceil(len(classes)/columns)
+    width, height = round(max(font.getlength(str(c)) for c in classes)) + 3*size, round(1.6*size)
     im = Image.new('RGB', (width*columns, height*rows), 'white')
     draw = ImageDraw.Draw(im)
-    for i,(name,colour) in enumerate(zip(classes, palette)):
-        x,y = i//rows*width + size//2,i%rows*height + size//4
+    for i, (name, colour) in enumerate(zip(classes, palette)):
+        x, y = i//rows*width + size//2, i%rows*height + size//4
         draw.rectangle((x, y, x+size, y+size), fill=tuple(map(int, colour)), outline='black')
         draw.text((x+1.5*size, y+size/2), str(name), fill='black', font=font, anchor='lm')
     return im
@@ -210,7 +210,7 @@ class FolderReport:
     "What `predict_folder` did"
     masks:dict    # Image → mask written for it
     skipped:dict  # File → why nothing was written for it
-    def __str__(self): return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + ''.join(f'\n  {p}: {why}' for p,why in self.skipped.items())
+    def __str__(self): return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + ''.join(f'\n  {p}: {why}' for p, why in self.skipped.items())
 
 # %% ../nbs/32_inference.ipynb #58cb0089
 def _find_images(images, on_error):
@@ -221,12 +221,12 @@ def _find_images(images, on_error):
     def problem(f):
         try: open_image(f)
         except (ValueError, OSError) as e: return e
-    found,skipped,wanted = {},{},[]
+    found, skipped, wanted = {}, {}, []
     for f in files:
         if not folder or not (f.is_dir() or f.suffix.lower() not in IMAGE_SUFFIXES): wanted.append(f)
         else: skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
     with ThreadPoolExecutor() as pool: problems = list(pool.map(problem, wanted))
-    for f,e in zip(wanted, problems):
+    for f, e in zip(wanted, problems):
         if e is not None:
             if on_error == 'raise': raise e
             skipped[f] = str(e).removeprefix(f'{f}: ')
@@ -234,7 +234,7 @@ def _find_images(images, on_error):
         if f.stem in found: raise ValueError(f'{f} and {found[f.stem]} would have the same mask {f.stem}.png')
         found[f.stem] = f
     if not found: raise FileNotFoundError(f'{images}: expected at least one readable image')
-    return found,skipped
+    return found, skipped
 
 # %% ../nbs/32_inference.ipynb #151132c1
 def _outputs(found, out, overlays, classes, overwrite):
@@ -247,7 +247,7 @@ def _outputs(found, out, overlays, classes, overwrite):
     if there and not overwrite:
         more = f' and {len(there)-1} more' if len(there) > 1 else ''
         raise FileExistsError(f'{there[0]}{more} there already: give overwrite=True to replace')
-    return masks,pictures,key
+    return masks, pictures, key
 
 # %% ../nbs/32_inference.ipynb #b1fb06ed
 def predict_folder(
@@ -265,8 +265,8 @@ def predict_folder(
 )->FolderReport:
     "Write a palette PNG mask, upright and of the image's size, and an overlay for every image"
     palette = voc_palette() if palette is None else palette
-    found,skipped = _find_images(images, on_error)
-    masks,pictures,key = _outputs(found, Path(out), overlays, classes, overwrite)
+    found, skipped = _find_images(images, on_error)
+    masks, pictures, key = _outputs(found, Path(out), overlays, classes, overwrite)
     picture_key = legend(classes, palette) if key else None
     (Path(out)/'overlays' if overlays else Path(out)).mkdir(parents=True, exist_ok=True)
     if key:
@@ -277,16 +277,16 @@ def predict_folder(
         write_label_map(masks[stem], label_map, palette)
     # the next image is read and the last mask written while the model looks at this one
     with ThreadPoolExecutor(2) as pool:
-        todo,written = list(found.items()),None
+        todo, written = list(found.items()), None
         upcoming = pool.submit(open_image, todo[0][1])
-        for i,(stem,_) in enumerate(_bar(todo, progress)):
+        for i, (stem, _) in enumerate(_bar(todo, progress)):
             image = upcoming.result()
             if i+1 < len(todo): upcoming = pool.submit(open_image, todo[i+1][1])
             label_map = predict_image(model, image, **kw)
             if written is not None: written.result()   # raises what went wrong there
             written = pool.submit(write, stem, image, label_map)
         written.result()
-    return FolderReport({f: masks[stem] for stem,f in found.items()}, skipped)
+    return FolderReport({f: masks[stem] for stem, f in found.items()}, skipped)
 
 # %% ../nbs/32_inference.ipynb #d6081400
 @patch
@@ -299,5 +299,5 @@ def predict_folder(self:Learner,
 )->FolderReport:
     "`predict_folder` with the learner's model and the colours and names of the `Source` it was trained on"
     src = getattr(self.dls.train.dataset, 'src', None)
-    if src is not None: palette,classes = src.palette if palette is None else palette,src.classes if classes is None else classes
+    if src is not None: palette, classes = src.palette if palette is None else palette, src.classes if classes is None else classes
     return predict_folder(self.model, images, out, palette, classes, **kw)

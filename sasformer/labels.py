@@ -47,17 +47,17 @@ def simulate_labels(
     if masks is not None:
         if 'novel' in spec[1]:
             raise AnnotationError(f"{annotation!r}: novel needs the names of classes, which a data set has and a folder of masks has not")
-        files,palette = _listing(masks, 'dense masks', ('.png',), recurse=True),None
-        draw,ids = lambda i: simulate(read_label_map(files[i]), spec, i),list(files)
+        files, palette = _listing(masks, 'dense masks', ('.png',), recurse=True), None
+        draw, ids = lambda i: simulate(read_label_map(files[i]), spec, i), list(files)
     else:
-        if split!='all' and split not in src.splits:
+        if split != 'all' and split not in src.splits:
             raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}, all")
-        ids = [i for k,v in src.splits.items() if split in (k,'all') for i in v]
+        ids = [i for k,v in src.splits.items() if split in (k, 'all') for i in v]
         src.groups(annotation)   # refuses novel classes that there are not
         lack = [i for i in ids if i not in src.masks]
-        if lack or src.mask_kind!='dense':
+        if lack or src.mask_kind != 'dense':
             raise AnnotationError(f"{src.name}: no dense mask for {(lack or ids)[0]}, so nothing to simulate from")
-        draw,palette,files = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_')),src.palette,{i:src.mask_path(i) for i in ids}
+        draw, palette, files = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_')), src.palette, {i:src.mask_path(i) for i in ids}
     outs = {i:out/f'{i}.png' for i in ids}
     free_to_write(outs.values(), overwrite, list(files.values())+([src.image_path(i) for i in ids] if src else []))
     out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def label_reader(
 ):
     "(ids, function of an id, a stroke width and a shape or None that returns a label map)"
     names = None if classes is None else _class_names(None, classes)
-    if source.suffix.lower()=='.json':
+    if source.suffix.lower() == '.json':
         if within: raise ValueError(f"--within {within}: only for ScribbleSup XML, {source} is a file of points")
         r = PointFile(source, background, outside)
         return r.ids, lambda i, width, shape: r.label_map(i, shape, width, names and len(names))
@@ -115,16 +115,16 @@ def count_labels(
     if split not in src.splits: raise ValueError(f"--split {split}: {src.name} has {', '.join(src.splits)}")
     if parse_annotation(annotation.removeprefix('sim_'))[0] == 'tag':
         return _count_tags(src, annotation, split, out, overwrite)
-    files = [out/f for f in ('labels.csv','images.csv','labels.png')] if out else []
+    files = [out/f for f in ('labels.csv', 'images.csv', 'labels.png')] if out else []
     free_to_write(files, overwrite)
-    stats,ids = label_statistics(src.pairs(annotation, split), src.classes),src.splits[split]
+    stats, ids = label_statistics(src.pairs(annotation, split), src.classes), src.splits[split]
     if not out: return stats
     import matplotlib.pyplot as plt
     out.mkdir(parents=True, exist_ok=True)
-    without = [', '.join(src.classes[c] for k,c in stats.missing if k==n) for n in range(len(ids))]
+    without = [', '.join(src.classes[c] for k, c in stats.missing if k == n) for n in range(len(ids))]
     per_image = stats.per_image.set_axis(ids).rename_axis('image').assign(**{'missing classes': without})
     fig = stats.plot()
-    for f,save in zip(files, (stats.per_class.to_csv, per_image.to_csv, lambda t: fig.savefig(t, format='png', bbox_inches='tight'))):
+    for f, save in zip(files, (stats.per_class.to_csv, per_image.to_csv, lambda t: fig.savefig(t, format='png', bbox_inches='tight'))):
         with replacing(f) as tmp: save(tmp)
     plt.close(fig)
     return stats
@@ -133,7 +133,7 @@ def count_labels(
 def _count_tags(src, annotation, split, out, overwrite):
     "`count_labels` of the annotation `tag`"
     src.groups(annotation)   # refuses novel classes that there are not
-    files = [out/f for f in ('labels.csv','together.csv','images.csv','labels.png')] if out else []
+    files = [out/f for f in ('labels.csv', 'together.csv', 'images.csv', 'labels.png')] if out else []
     free_to_write(files, overwrite)
     stats = tag_statistics([src.tags(i) for i in src.check_tags(split).splits[split]], src.classes)
     if not out: return stats
@@ -142,7 +142,7 @@ def _count_tags(src, annotation, split, out, overwrite):
     fig = stats.plot()
     saves = (stats.per_class.to_csv, stats.together.to_csv, lambda t: write_tags(src, t, split),
              lambda t: fig.savefig(t, format='png', bbox_inches='tight'))
-    for f,save in zip(files, saves):
+    for f, save in zip(files, saves):
         with replacing(f) as tmp: save(tmp)
     plt.close(fig)
     return stats
@@ -170,7 +170,7 @@ def _convert_options(p):
                    help="Text file of class names in id order: the scribbles' tags, the points' number of classes (default: ScribbleSup's tags; any id)")
     p.add_argument('--within', default='', metavar='FOLDER', help="Take only XML below this folder of the source, such as scribble_annotation/pascal_2012")
     p.add_argument('--width', type=stroke, default=3, metavar='PIXELS', help="Width of a stroke, diameter of a point, odd (default: 3)")
-    p.add_argument('--outside', choices=('error','crop'), default='error', help="Positions outside of their image: stop, or draw what lies inside (default: error)")
+    p.add_argument('--outside', choices=('error', 'crop'), default='error', help="Positions outside of their image: stop, or draw what lies inside (default: error)")
 
 def _stats_options(p):
     p.add_argument('--data', choices=tuple(SOURCES), required=True, help="Data set")
@@ -190,7 +190,7 @@ _EPILOGS = dict(simulate=_PNGS, convert=_PNGS, tags="As tags.csv in a folder of 
 def labels_parser():
     p = argparse.ArgumentParser(prog='sasformer_labels', description="Sparse labels and tags: simulate, convert, count, write them.", allow_abbrev=False)
     jobs = p.add_subparsers(dest='job', required=True, metavar='simulate|convert|stats|tags', help="What to do; each has its own --help")
-    for name,options,text in (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
+    for name, options, text in (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
                               ('convert', _convert_options, "Turn What's-the-point or ScribbleSup files into palette PNGs, one per image"),
                               ('stats', _stats_options, "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
                               ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file")):
@@ -198,7 +198,7 @@ def labels_parser():
                             epilog=_EPILOGS.get(name))
         options(q)
         where = "File to write" if name == 'tags' else "Folder to write to" + (" (default: nothing is written)" if name == 'stats' else '')
-        q.add_argument('--out', type=Path, required=name!='stats', metavar='FILE' if name == 'tags' else 'FOLDER', help=where)
+        q.add_argument('--out', type=Path, required=name != 'stats', metavar='FILE' if name == 'tags' else 'FOLDER', help=where)
         q.add_argument('--overwrite', action='store_true', help="Replace files that are there")
     for q in (p, *jobs.choices.values()): q.error = lambda message, q=q: q.exit(2, f'sasformer_labels: error: {message}\n')
     return p
@@ -206,7 +206,7 @@ def labels_parser():
 # %% ../nbs/63_labels.ipynb #d9eb8f0d
 def run_simulate(o):
     "`sasformer_labels simulate`"
-    if (o.data is None)==(o.masks is None): raise ValueError("give either --data or --masks")
+    if (o.data is None) == (o.masks is None): raise ValueError("give either --data or --masks")
     if o.masks and (o.path or o.split): raise ValueError("--path and --split belong to --data, not to --masks")
     parse_annotation(o.annotation.removeprefix('sim_'))          # a wrong name is found before a data set is opened
     src = get_source(o.data, o.path) if o.data else None
@@ -214,11 +214,11 @@ def run_simulate(o):
 
 def run_convert(o):
     "`sasformer_labels convert`"
-    ids,read = label_reader(o.source, o.background, o.classes, o.within, o.outside)
-    if o.source.suffix.lower()=='.json' and o.images is None:
+    ids, read = label_reader(o.source, o.background, o.classes, o.within, o.outside)
+    if o.source.suffix.lower() == '.json' and o.images is None:
         raise ValueError("points need --images: their file does not hold the images' sizes")
     if o.ids:
-        wanted,known = o.ids.read_text(encoding='utf-8').split(),set(ids)
+        wanted, known = o.ids.read_text(encoding='utf-8').split(), set(ids)
         lack = [i for i in wanted if i not in known]
         if lack or not wanted:
             raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{', such as '+lack[0] if lack else ''}")
@@ -233,7 +233,7 @@ def run_tags(o):
     free_to_write([o.out], o.overwrite)
     o.out.parent.mkdir(parents=True, exist_ok=True)
     write_tags(src, o.out, o.split)
-    return sum(len(v) for k,v in src.splits.items() if o.split in (k, 'all'))
+    return sum(len(v) for k, v in src.splits.items() if o.split in (k, 'all'))
 
 def print_tags(stats, title):
     "How often classes are, and how often together"
@@ -247,8 +247,8 @@ def main(args=None):
     o = p.parse_args(args)
     try:
         if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
-        if o.job!='stats':
-            done = (run_simulate if o.job=='simulate' else run_convert)(o)
+        if o.job != 'stats':
+            done = (run_simulate if o.job == 'simulate' else run_convert)(o)
             return print(f"{len(done)} label maps written to {o.out}")
         parse_annotation(o.annotation.removeprefix('sim_'))
         src = get_source(o.data, o.path)
@@ -261,4 +261,4 @@ def main(args=None):
     print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled ({src.name} {o.split}, {o.annotation})" + where)
 
 # %% ../nbs/63_labels.ipynb #b5a9c862
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

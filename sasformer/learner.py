@@ -35,9 +35,9 @@ def logits_at(
 )->Tensor:          # (number of pixels, C)
     "`logits` resized (bilinear) to the size of `on`, at the pixels of `on` only"
     b, *pixel = on.nonzero(as_tuple=True)
-    (y0,y1,v), (x0,x1,u) = (_neighbours(i, n, N) for i,n,N in zip(pixel, logits.shape[-2:], on.shape[-2:]))
-    at = lambda y, x: logits.movedim(1,-1)[b,y,x]
-    return (1-v)*((1-u)*at(y0,x0)+u*at(y0,x1)) + v*((1-u)*at(y1,x0)+u*at(y1,x1))
+    (y0, y1, v), (x0, x1, u) = (_neighbours(i, n, N) for i, n, N in zip(pixel, logits.shape[-2:], on.shape[-2:]))
+    at = lambda y, x: logits.movedim(1, -1)[b,y,x]
+    return (1-v)*((1-u)*at(y0, x0)+u*at(y0, x1)) + v*((1-u)*at(y1, x0)+u*at(y1, x1))
 
 def _neighbours(i, n, N):
     "The two of `n` positions that pixel `i` of `N` lies between, and the weight of the second, (number, 1)"
@@ -54,11 +54,11 @@ def partial_cross_entropy(
 )->Tensor:          # Scalar
     "Mean cross-entropy over the labelled pixels"
     logits, target = logits.as_subclass(Tensor).float(), target.as_subclass(Tensor)
-    on = target<PADDING
+    on = target < PADDING
     n = on.sum()
     if n and (top := target[on].max().item()) >= logits.shape[1]:
         raise ValueError(f"A label map holds class {top}, and the model knows the classes 0 to {logits.shape[1]-1}")
-    if logits.device.type=='cpu' and n < on.numel()/8:
+    if logits.device.type == 'cpu' and n < on.numel()/8:
         total = F.cross_entropy(logits_at(logits, on), target[on], reduction='sum')
     else:
         full = F.interpolate(logits, target.shape[-2:], mode='bilinear', align_corners=False)
@@ -98,7 +98,7 @@ class UseQuickAttention(Callback):
     "The model's forward pass under `QuickAttention` on a CPU, unless it is compiled or checkpointed; nothing of a step is held until the next"
     def __init__(self): self.attention, self.inside = QuickAttention(), False
     def before_batch(self):
-        self.inside = next(self.model.parameters()).device.type=='cpu' and can_be_quick(self.model)
+        self.inside = next(self.model.parameters()).device.type == 'cpu' and can_be_quick(self.model)
         if self.inside: self.attention.__enter__()
     def _leave(self):
         if self.inside: self.attention.__exit__(None, None, None)
@@ -122,7 +122,7 @@ class ValidateEvery(Callback):
     "Validates every `n`-th epoch and the last"
     order = 55   # after the recorder, before the progress bar
     def __init__(self, n:int): self.n, self.skip = n, False
-    def before_train(self): self.skip = (self.epoch+1)%self.n>0 and self.epoch+1<self.n_epoch
+    def before_train(self): self.skip = (self.epoch+1)%self.n > 0 and self.epoch+1 < self.n_epoch
     def before_validate(self):
         skip, self.skip = self.skip, False   # `validate` and `get_preds` outside of a fit are never skipped
         if not skip: return
@@ -150,7 +150,7 @@ class EpochLines(Callback):
         self.said = time.time()
     def line(self, log):
         named = [(n, v) for n,v in zip(self.recorder.metric_names[1:], list(log)[1:]) if v is not None]
-        values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n,v in named)
+        values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n, v in named)
         self.say(f"epoch {log[0]+1}/{self.n_epoch}  {values}{self.left()}")
     def before_batch(self):
         if self.first is None: self.first = self.pct_train
@@ -166,7 +166,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
     def forward(self, x):
         if not (self.training and dist.is_initialized()): return super().forward(x)
-        dims, xf = (0,2,3), x.float()
+        dims, xf = (0, 2, 3), x.float()
         n = torch.full((1,), x.numel()/x.shape[1])
         s = all_reduce(torch.cat([xf.sum(dims), xf.square().sum(dims), n]))
         mean, n = s[:x.shape[1]]/s[-1], s[-1]
@@ -175,7 +175,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var*n/(n-1), self.momentum)
-        shape = (1,-1,1,1)
+        shape = (1, -1, 1, 1)
         y = (xf-mean.view(shape))*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
         return y.to(x.dtype)
 
@@ -187,11 +187,11 @@ class Distributed(Callback):
             raise RuntimeError(f"{n_processes()} processes were started but not connected: call `accelerate.PartialState()` first")
         self.bare = self.model
         device = next(self.bare.parameters()).device
-        if device.type=='cuda': self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
+        if device.type == 'cuda': self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
         else:
             for m in self.bare.modules():
                 if type(m) is nn.BatchNorm2d: m.__class__ = CPUSyncBatchNorm
-        self.ddp = DistributedDataParallel(self.bare, broadcast_buffers=False, device_ids=[device.index] if device.type=='cuda' else None)
+        self.ddp = DistributedDataParallel(self.bare, broadcast_buffers=False, device_ids=[device.index] if device.type == 'cuda' else None)
     def before_train(self): self.learn.model = self.ddp
     def after_train(self):  self.learn.model = self.bare
     def after_loss(self):
@@ -205,11 +205,11 @@ class PixelLoss(Metric):
     name = 'loss'
     def reset(self): self.sums = torch.zeros(2, dtype=torch.float64)
     def accumulate(self, learn):
-        n = (learn.yb[0]<PADDING).sum().cpu()
+        n = (learn.yb[0] < PADDING).sum().cpu()
         self.sums += torch.stack([learn.loss.detach().cpu()*n, n])
     @property
     def value(self):
-        device = 'cuda' if dist.is_initialized() and dist.get_backend()=='nccl' else 'cpu'
+        device = 'cuda' if dist.is_initialized() and dist.get_backend() == 'nccl' else 'cpu'
         total, n = global_sum(self.sums.to(device)).tolist()
         return total/max(n, 1)
 
@@ -231,7 +231,7 @@ def fit_poly(self:Learner,
     warmup:float=0.,           # Share of linear warm-up
     wd=None, cbs=None):
     "Train with polynomial decay, as the paper does"
-    if (iterations is None)==(epochs is None): raise ValueError("fit_poly needs either iterations or epochs")
+    if (iterations is None) == (epochs is None): raise ValueError("fit_poly needs either iterations or epochs")
     epochs = epochs or math.ceil(iterations/len(self.dls.train))
     if self.opt is None: self.create_opt()
     self.opt.set_hypers(lr=self.lr if lr is None else lr)
@@ -243,10 +243,10 @@ def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
 )->L:                 # Lists of parameters: backbone, its biases and norms, decoder and auxiliary heads, their biases and norms
     "Parameters by part, and by whether they are matrices"
-    return L(L(p for p in part.parameters() if p.requires_grad and (p.ndim>1)==matrix)
+    return L(L(p for p in part.parameters() if p.requires_grad and (p.ndim > 1) == matrix)
              for part in (model.backbone, nn.ModuleList([model.decoder, model.auxiliary])) for matrix in (True, False))
 
-OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch.optim.AdamW, betas=(.9,.999)))
+OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch.optim.AdamW, betas=(.9, .999)))
 
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
@@ -289,10 +289,10 @@ def sparse_learner(
     for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel)): t.statistics = statistics_of(model)
     callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
     if channels_last: callbacks.append(ChannelsLast())
-    if machine.precision=='bf16': callbacks.append(Autocast())
-    if machine.precision=='fp16': callbacks.append(MixedPrecision())
-    if validate_every>1: callbacks.append(ValidateEvery(validate_every))
-    if n_processes()>1: callbacks.append(Distributed())
+    if machine.precision == 'bf16': callbacks.append(Autocast())
+    if machine.precision == 'fp16': callbacks.append(MixedPrecision())
+    if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if n_processes() > 1: callbacks.append(Distributed())
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
@@ -317,7 +317,7 @@ def save_segmenter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
-        save_file({k: v.contiguous() for k,v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette, mean=model.mean, std=model.std))
 
@@ -327,7 +327,7 @@ def load_segmenter(
 )->nn.Module:            # In evaluation mode, with `classes` and `palette` as attributes
     "Rebuild a segmenter from its folder alone"
     path = Path(path)
-    if path.is_dir(): path = next((f for n in ('best','last') if (f:=path/f'{n}.safetensors').exists()), path/'best.safetensors')
+    if path.is_dir(): path = next((f for n in ('best', 'last') if (f:=path/f'{n}.safetensors').exists()), path/'best.safetensors')
     config = path.with_name('model.json')
     for f in (path, config):
         if not f.exists(): raise FileNotFoundError(f"{f}: no such file; a model is a .safetensors file with model.json beside it")
@@ -381,10 +381,10 @@ def saved_settings(
 @patch
 def _restore(self:RunFolder, s):
     old, new = flat_settings(json.loads(s['settings'])), flat_settings(self.settings)
-    if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k)!=new.get(k)]:
+    if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
         raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
-    if s['epochs']==s['n_epoch']==self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
-    if s['n_epoch']!=self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
+    if s['epochs'] == s['n_epoch'] == self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
+    if s['n_epoch'] != self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
     self.model.load_state_dict(s['model'])
     self.opt.load_state_dict(s['opt'])
     if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])   # of float16
@@ -400,25 +400,25 @@ def after_batch(self:RunFolder):
 @patch
 def after_epoch(self:RunFolder):
     values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))   # without epoch, smoothed loss, time
-    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k,v in values.items() if v is not None})
+    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k, v in values.items() if v is not None})
     for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
     now = time.time()
     row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)
     self._since = now
     self.rows.append(row)
-    better = row.get('miou', -1.)>self.best
+    better = row.get('miou', -1.) > self.best
     if better: self.best = row['miou']
     if 'miou' in row: self.iou = self.learn.confusion.total().iou.tolist()
     if not is_first(): return
     with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
     if better: self._save('best')
     opt = self.opt.state_dict()
-    for g in opt['param_groups']: g.update({k: v.item() for k,v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
+    for g in opt['param_groups']: g.update({k: v.item() for k, v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
     with replacing(self.folder/'state.pt') as tmp:
         torch.save(dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch, rows=self.rows,
                         best=self.best, iou=self.iou, scaler=s.state_dict() if (s := getattr(self.learn, 'scaler', None)) else None, model=self.model.state_dict(), opt=opt), tmp)
     if self.tensorboard:
-        for k,v in row.items(): self.board.add_scalar(k, v, row['epoch'])
+        for k, v in row.items(): self.board.add_scalar(k, v, row['epoch'])
 
 # %% ../nbs/31_learner.ipynb #6c687138
 @patch
@@ -430,7 +430,7 @@ def _save(self:RunFolder, name):
 def after_fit(self:RunFolder):
     self.learn.first_epoch = 0
     if self.tensorboard and is_first(): self.board.close()
-    if not is_first() or not self.rows or self.rows[-1]['epoch']<self.n_epoch: return   # interrupted: state.pt has it all
+    if not is_first() or not self.rows or self.rows[-1]['epoch'] < self.n_epoch: return   # interrupted: state.pt has it all
     self._save('last')
     last = self.rows[-1]
     write_json(self.folder/'result.json', dict(settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision, **self._environment,

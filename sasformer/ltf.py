@@ -63,7 +63,7 @@ class LTFDecoder(nn.Module):
 
     def forward(self, feats):
         x = self.refine[-1](self.lateral[-1](feats[-1])+self.top(feats[-1]))
-        for f,lateral,filt,refine in reversed(list(zip(feats, self.lateral, self.filter, self.refine))):
+        for f, lateral, filt, refine in reversed(list(zip(feats, self.lateral, self.filter, self.refine))):
             x = F.interpolate(x, f.shape[2:], mode='bilinear', align_corners=False)
             x = refine(lateral(f)+filt(x, f))
         return self.classify(self.dropout(self.head(x)))

@@ -153,7 +153,7 @@ def with_lines(
 ):
     "Goes through `items`; a line every few seconds says how far it is, for where no bar can move"
     began = said = time.time()
-    for i,item in enumerate(items):
+    for i, item in enumerate(items):
         yield item
         if time.time()-said > every:
             said = time.time()

@@ -38,7 +38,7 @@ def alternate(
             start, cpu = time.perf_counter(), time.process_time()
             stages = variants[name]()
             if sync: sync()
-            if i>=warmup: times[name].append((time.perf_counter()-start, time.process_time()-cpu, stages if isinstance(stages, dict) else {}))
+            if i >= warmup: times[name].append((time.perf_counter()-start, time.process_time()-cpu, stages if isinstance(stages, dict) else {}))
     return times
 
 def summary(
@@ -50,7 +50,7 @@ def summary(
     for name, rows in times.items():
         (t, cpu), (ref, ref_cpu) = (np.array([r[:2] for r in times[n]]).T for n in (name, base))
         stages = {k: 1e3*float(np.median([s[k] for *_,s in rows])) for k in rows[0][2]}
-        out[name] = dict(ms=1e3*float(np.median(t)), quartiles=[1e3*float(q) for q in np.quantile(t, (.25,.75))],
+        out[name] = dict(ms=1e3*float(np.median(t)), quartiles=[1e3*float(q) for q in np.quantile(t, (.25, .75))],
                          steps=len(t), ratio=float(np.median(t/ref)), cpu_ratio=float(np.median(cpu)/np.median(ref_cpu)), **(dict(stages=stages) if stages else {}))
     return out
 
@@ -58,12 +58,12 @@ def summary(
 def matmul_peak(device='cpu', dtype=None, n:int=None)->float:
     "Measured floating-point operations per second of an n×n matrix product"
     device = torch.device(device)
-    n = n or (2048 if device.type=='cpu' else 8192)
+    n = n or (2048 if device.type == 'cpu' else 8192)
     a, times = torch.randn(n, n, device=device).to(dtype or torch.float32), []
     for _ in range(20):
         start = time.perf_counter()
         b = a @ a
-        if device.type=='cuda': torch.cuda.synchronize()
+        if device.type == 'cuda': torch.cuda.synchronize()
         times.append(time.perf_counter()-start)
     return 2*n**3/min(times)
 
@@ -86,7 +86,7 @@ def maps(layers, p):
 
 LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagation=propagate_fused), maps=dict(propagation=maps), sampled=dict(form=Form(fraction=.25)))
 
-def _fold(y, classes): return (y%classes).where(y<PADDING, y)   # the scenes' classes, in a model with fewer
+def _fold(y, classes): return (y%classes).where(y < PADDING, y)   # the scenes' classes, in a model with fewer
 
 class Step:
     "Training steps of one segmenter on crops of the built-in scenes"
@@ -99,9 +99,9 @@ class Step:
         self.compiled = torch.compile(self.model)   # nothing is compiled before it is called
         self.opt = OPTIMISERS['sgd'](self.model.parameters(), lr=1e-3)
         src = scenes(n_train=o.batch, n_val=1, size=o.size)
-        self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device, scales=(1.,1.5)).train
+        self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device, scales=(1., 1.5)).train
     def sync(self):
-        if self.device.type=='cuda': torch.cuda.synchronize()
+        if self.device.type == 'cuda': torch.cuda.synchronize()
     def batch(self):
         x, y, _ = (t.as_subclass(torch.Tensor) for t in next(iter(self.data)))
         return x.to(memory_format=self.fmt), _fold(y, self.o.classes)
@@ -109,10 +109,10 @@ class Step:
     def __call__(self, variant, batch):
         "One step; seconds by stage"
         o, loss, clock, (x, y) = self.o, LOSSES[variant], [time.perf_counter()], batch
-        stock = variant in ('fused','compiled') or (variant in ('propagate','maps') and o.precision=='fp32')
+        stock = variant in ('fused', 'compiled') or (variant in ('propagate', 'maps') and o.precision == 'fp32')
         def tick(): self.sync(); clock.append(time.perf_counter())
         if loss is not None: self.tap.on()
-        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision=='bf16'): out = (self.compiled if variant=='compiled' else self.model)(x)
+        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision == 'bf16'): out = (self.compiled if variant == 'compiled' else self.model)(x)
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
@@ -121,7 +121,7 @@ class Step:
         total.backward(); tick()
         self.opt.step(); self.opt.zero_grad(); tick()
         self.tap.off()
-        return dict(zip(('forward','cross-entropy','affinity','backward','optimiser'), np.diff(clock).tolist()))
+        return dict(zip(('forward', 'cross-entropy', 'affinity', 'backward', 'optimiser'), np.diff(clock).tolist()))
 
 # %% ../nbs/33_measure.ipynb #eabf5217
 def step_flops(step:Step)->float:
@@ -154,24 +154,24 @@ def _memory_of(o):
     return resident_peak()
 
 def _step_memory(o, step, name, batch):
-    if step.device.type=='cuda':
+    if step.device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         step(name, batch)
         return torch.cuda.max_memory_allocated()/2**20
-    flags = [f for k in ('model','size','batch','classes','precision','device','threads','last_stride') for f in (f'--{k}', getattr(o, k))]
-    return fresh_peak(['step', *flags, *(f'--{"" if getattr(o, k) else "no-"}{k}' for k in ('channels_last','keep_memory')), '--memory_of', name])
+    flags = [f for k in ('model', 'size', 'batch', 'classes', 'precision', 'device', 'threads', 'last_stride') for f in (f'--{k}', getattr(o, k))]
+    return fresh_peak(['step', *flags, *(f'--{"" if getattr(o, k) else "no-"}{k}' for k in ('channels_last', 'keep_memory')), '--memory_of', name])
 
 # %% ../nbs/33_measure.ipynb #4d94910c
 def bench_loader(o)->dict:
     "Images per second of one loader process"
     src, rows = _source(o), {}
-    for size in ((360,480), (512,512)):
-        for name, cache in (('from files',0), ('decoded once',4000)):
+    for size in ((360, 480), (512, 512)):
+        for name, cache in (('from files', 0), ('decoded once', 4000)):
             data = sparse_dataloaders(src, o.annotation, size=size, bs=8, device='cpu', cache_mb=cache).train
             data.n = min(data.n, 8*(o.images//8))
             def run():
                 n, start = 0, time.perf_counter()
-                for x,*_ in data: n += len(x)
+                for x, *_ in data: n += len(x)
                 return n/(time.perf_counter()-start)
             if cache: run()
             speeds = [run() for _ in range(o.repeats)]
@@ -179,7 +179,7 @@ def bench_loader(o)->dict:
     return dict(rows=rows)
 
 def _source(o):
-    if o.data=='scenes': return scenes(n_train=max(16, o.images), n_val=o.images, size=256)
+    if o.data == 'scenes': return scenes(n_train=max(16, o.images), n_val=o.images, size=256)
     return get_source(o.data, o.path)
 
 # %% ../nbs/33_measure.ipynb #57c45e7c
@@ -199,9 +199,9 @@ def equal_models(
         theirs.save_pretrained(folder)
         ours = create_segmenter(f'segformer_{name}', n_classes, weights=folder).eval()
     head = theirs.decode_head
-    for p,q in zip(ours.decoder.project, head.linear_projections):
+    for p, q in zip(ours.decoder.project, head.linear_projections):
         p.load_state_dict(dict(weight=q.proj.weight[...,None,None], bias=q.proj.bias))
-    for n,m in dict(fuse=head.linear_fuse, norm=head.batch_norm, classify=head.classifier).items():
+    for n, m in dict(fuse=head.linear_fuse, norm=head.batch_norm, classify=head.classifier).items():
         getattr(ours.decoder, n).load_state_dict(m.state_dict())
     return ours, theirs
 
@@ -228,11 +228,11 @@ def bench_predict(o)->dict:
         run = lambda **kw: predict_folder(ours, images, out, overlays=False, overwrite=True, progress=False, **kw)
         variants = dict(transformers=lambda: loop_of_transformers(theirs, files, out), ours=lambda: run(), **{'ours, bf16': lambda: run(dtype=torch.bfloat16)})
         rows = summary(alternate(variants, o.repeats, 1))
-        rows = {k: dict(v, images_per_second=1e3*len(files)/v['ms'], speed=rows['transformers']['ms']/v['ms']) for k,v in rows.items()}
+        rows = {k: dict(v, images_per_second=1e3*len(files)/v['ms'], speed=rows['transformers']['ms']/v['ms']) for k, v in rows.items()}
         masks = {}
         for name, f in list(variants.items())[:2]:
             f(); masks[name] = [np.asarray(open_image(p)) for p in sorted(out.glob('*.png'))]
-    same = np.mean([(a==b).all(-1).mean() for a,b in zip(*masks.values())])
+    same = np.mean([(a == b).all(-1).mean() for a,b in zip(*masks.values())])
     return dict(rows=rows, images=len(files), equal_pixels=float(same))
 
 # %% ../nbs/33_measure.ipynb #457c641e
@@ -265,8 +265,8 @@ def bench_evaluate(o)->dict:
         ours = lambda dtype=None: evaluate(model, src, 'val', scales, flip, progress=False, dtype=dtype)
         variants = {'one at a time': lambda: naive(scales, flip), 'float32': ours, 'bf16': lambda: ours(torch.bfloat16)}
         r = summary(alternate(variants, o.repeats, 1))
-        rows.update({f'{name}, {k}': dict(v, images_per_second=1e3*o.images/v['ms'], speed=r['one at a time']['ms']/v['ms']) for k,v in r.items()})
-        miou.update({f'{name}, {k}': float(f().miou) for k,f in variants.items()})
+        rows.update({f'{name}, {k}': dict(v, images_per_second=1e3*o.images/v['ms'], speed=r['one at a time']['ms']/v['ms']) for k, v in r.items()})
+        miou.update({f'{name}, {k}': float(f().miou) for k, f in variants.items()})
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
 # %% ../nbs/33_measure.ipynb #15f7c10e
@@ -285,8 +285,8 @@ def bench_naive(o)->dict:
     model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride, dropout=0.).to(o.device)
     curves, variants, quick = {}, {}, QuickAttention()
     for name in ('decoder as written', 'plain', 'ours'):
-        net, fast, curve = copy.deepcopy(model), name=='ours', curves.setdefault(name, [])
-        if name=='decoder as written': net.decoder.merge = partial(_concatenate, net.decoder)
+        net, fast, curve = copy.deepcopy(model), name == 'ours', curves.setdefault(name, [])
+        if name == 'decoder as written': net.decoder.merge = partial(_concatenate, net.decoder)
         if fast: net.to(memory_format=torch.channels_last)
         opt = OPTIMISERS['sgd'](net.parameters(), lr=.01)
         def run(net=net, fast=fast, curve=curve, opt=opt):
@@ -296,12 +296,12 @@ def bench_naive(o)->dict:
             if fast: loss = partial_cross_entropy(out, y)
             else:
                 full = F.interpolate(out, y.shape[-2:], mode='bilinear', align_corners=False)
-                loss = F.cross_entropy(full, y.where(y<PADDING, UNLABELLED), ignore_index=UNLABELLED)
+                loss = F.cross_entropy(full, y.where(y < PADDING, UNLABELLED), ignore_index=UNLABELLED)
             loss.backward(); opt.step(); opt.zero_grad()
             curve.append(loss.item())
         variants[name] = run
     rows = summary(alternate(variants, o.steps))
-    rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms']) for k,v in rows.items()}
+    rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms']) for k, v in rows.items()}
     return dict(rows=rows, curves=curves)
 
 # %% ../nbs/33_measure.ipynb #2a2bb37b
@@ -314,13 +314,13 @@ def scipy_filter(features, x, sigma=1.):
     u, v = np.r_[i[:,:-1].ravel(), i[:-1].ravel()], np.r_[i[:,1:].ravel(), i[1:].ravel()]
     f = features.reshape(len(features), -1)
     d = ((f[:,u]-f[:,v])**2).sum(0)
-    tree = minimum_spanning_tree(coo_array((d+1, (u,v)), (H*W,H*W)).tocsr())
+    tree = minimum_spanning_tree(coo_array((d+1, (u, v)), (H*W, H*W)).tocsr())
     order, parent = breadth_first_order(tree, 0, directed=False)
-    a = np.concatenate([x.reshape(len(x), -1).T, np.ones((H*W,1))], 1)
+    a = np.concatenate([x.reshape(len(x), -1).T, np.ones((H*W, 1))], 1)
     w = np.exp(-((f[:,order[1:]]-f[:,parent[order[1:]]])**2).sum(0)/sigma)
-    for n,s in zip(order[:0:-1], w[::-1]): a[parent[n]] += s*a[n]
+    for n, s in zip(order[:0:-1], w[::-1]): a[parent[n]] += s*a[n]
     y = a.copy()
-    for n,s in zip(order[1:], w): y[n] = (1-s*s)*a[n]+s*y[parent[n]]
+    for n, s in zip(order[1:], w): y[n] = (1-s*s)*a[n]+s*y[parent[n]]
     return (y[:,:-1]/y[:,-1:]).T.reshape(x.shape)
 
 # %% ../nbs/33_measure.ipynb #05bcc51a
@@ -328,16 +328,16 @@ def bench_tree(o)->dict:
     "The tree energy loss, its SciPy and NumPy counterpart, and a training step"
     from sasformer.tel import tree_energy
     torch.manual_seed(0)
-    if o.memory_of=='step': return _memory_of(argparse.Namespace(**{**vars(o), 'memory_of': 'bare'}))
+    if o.memory_of == 'step': return _memory_of(argparse.Namespace(**{**vars(o), 'memory_of': 'bare'}))
     B, n = o.tree_batch, o.tree_size
-    low = F.interpolate(torch.rand(B, 3, n//8, n//8), (n,n), mode='bilinear')
-    high = F.interpolate(torch.rand(B, o.channels, n//8, n//8), (n,n), mode='bilinear').requires_grad_()
+    low = F.interpolate(torch.rand(B, 3, n//8, n//8), (n, n), mode='bilinear')
+    high = F.interpolate(torch.rand(B, o.channels, n//8, n//8), (n, n), mode='bilinear').requires_grad_()
     logits = torch.randn(B, o.classes, n, n, requires_grad=True)
     def ours():
         tree_energy(logits.softmax(1), low, high).backward()
         logits.grad = high.grad = None
     if o.memory_of:   # 'tree' runs the loss, 'inputs' only makes its inputs
-        if o.memory_of=='tree': ours(); ours()
+        if o.memory_of == 'tree': ours(); ours()
         else: (logits.softmax(1).sum()+high.sum()).backward()
         return resident_peak()
     def plain():

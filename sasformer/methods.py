@@ -97,7 +97,7 @@ def _options(text, cls, spec):
         elif name not in fields: raise ValueError(f"method {spec!r}: {cls.name} has no option {name!r}, it has {', '.join(fields)}")
         elif name in given: raise ValueError(f"method {spec!r}: option {name!r} comes twice")
         else: given[name], last = value, name
-    return {k: convert(fields[k], v) for k,v in given.items()}
+    return {k: convert(fields[k], v) for k, v in given.items()}
 
 def parse_options(
     spec:str,        # 'baseline', or methods with + between them, each with options: 'sasformer:alpha=3,start=0.5+tel'
@@ -118,7 +118,7 @@ def parse_method(
 )->dict:              # Name → `Method`
     "The methods that a text names"
     preset = parse_options(defaults) if defaults else {}
-    try: return {name: METHODS[name](**{**preset.get(name, {}), **given}) for name,given in parse_options(spec).items()}
+    try: return {name: METHODS[name](**{**preset.get(name, {}), **given}) for name, given in parse_options(spec).items()}
     except ValueError as e: raise ValueError(str(e) if str(e).startswith('method ') else f"method {spec!r}: {e}") from None
 
 # %% ../nbs/09_methods.ipynb #7af27b9e
@@ -136,7 +136,7 @@ def method_text(
 def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
-    for name,cls in METHODS.items():
+    for name, cls in METHODS.items():
         notes = docments(cls)
         lines += [f'{name}: {cls.__doc__}', *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
@@ -145,8 +145,8 @@ def flat_settings(
     settings:dict,  # Of a run: `options` holds those of each method
 )->dict:            # The same without a level in between: 'sasformer.alpha' …
     "Settings to be compared one by one"
-    options = {f'{name}.{k}': v for name,given in settings.get('options', {}).items() for k,v in given.items()}
-    return {**{k: v for k,v in settings.items() if k != 'options'}, **options}
+    options = {f'{name}.{k}': v for name, given in settings.get('options', {}).items() for k, v in given.items()}
+    return {**{k: v for k, v in settings.items() if k != 'options'}, **options}
 
 # %% ../nbs/20_sasformer.ipynb #082d5dce
 @dataclasses.dataclass(frozen=True)
@@ -163,17 +163,17 @@ class Form:
     fraction:float = 1.             # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
 
     def __post_init__(self):
-        for name,value,allowed in (('scores', self.scores, ('logits','probabilities')), ('positions', self.positions, ('unlabelled','all')),
-                                   ('over_blocks', self.over_blocks, ('mean','sum')), ('distance', self.distance, tuple(DISTANCES))):
+        for name, value, allowed in (('scores', self.scores, ('logits', 'probabilities')), ('positions', self.positions, ('unlabelled', 'all')),
+                                   ('over_blocks', self.over_blocks, ('mean', 'sum')), ('distance', self.distance, tuple(DISTANCES))):
             if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
-        for name in ('blocks','detach'):
+        for name in ('blocks', 'detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
-        n = round(1/self.fraction) if self.fraction>0 else 0
-        if self.fraction!=1 and (n<2 or abs(n*self.fraction-1)>.011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
-        if self.temperature<=0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
+        n = round(1/self.fraction) if self.fraction > 0 else 0
+        if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        if self.temperature <= 0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
-        if self.blocks is not None and (not self.blocks or min(self.blocks)<1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
+        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
 # %% ../nbs/20_sasformer.ipynb #83f045cc
 DISTANCES = dict(

@@ -32,7 +32,7 @@ class ConfusionMatrix:
         ignore=(254, 255),   # Codes of padding and unlabelled pixels
     ):
         if not 0 < n_classes <= 254: raise ValueError(f'n_classes={n_classes}: expected 1 to 254 (254 is padding, 255 unlabelled)')
-        self.n_classes,self.ignore = n_classes,tuple(ignore)
+        self.n_classes, self.ignore = n_classes, tuple(ignore)
         self.reset()
 
     def reset(self):
@@ -45,7 +45,7 @@ class ConfusionMatrix:
         target:torch.Tensor,  # Class ids with 254 and 255, (B, H, W)
     ):
         "Count a batch"
-        pred,target = torch.as_tensor(pred).as_subclass(torch.Tensor),torch.as_tensor(target).as_subclass(torch.Tensor)
+        pred, target = torch.as_tensor(pred).as_subclass(torch.Tensor), torch.as_tensor(target).as_subclass(torch.Tensor)
         n = self.n_classes
         if pred.is_floating_point() and (pred.ndim != target.ndim+1 or pred.shape[1] != n):
             raise ValueError(f'scores of shape {tuple(pred.shape)}: expected (B, {n}, h, w) for targets {tuple(target.shape)}')
@@ -53,8 +53,8 @@ class ConfusionMatrix:
         if pred.shape != target.shape: raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
         counted = torch.ones_like(target, dtype=torch.bool)
         for code in self.ignore: counted &= target != code
-        pred,target = pred[counted].long(),target[counted].long()
-        for what,ids in (('prediction', pred), ('target', target)):
+        pred, target = pred[counted].long(), target[counted].long()
+        for what, ids in (('prediction', pred), ('target', target)):
             bad = ids[(ids < 0) | (ids >= n)]
             if len(bad): raise ValueError(f'{what} holds {bad.unique().tolist()}: expected ids 0 to {n-1} or one of {self.ignore}')
         new = torch.bincount(target*n + pred, minlength=n*n).view(n, n)
@@ -69,24 +69,24 @@ class ConfusionMatrix:
 def _sums(cm):
     "Pixels right, of the target, and of the prediction, each (C,)"
     counts = cm.counts.cpu().double()
-    return counts.diag(),counts.sum(1),counts.sum(0)
+    return counts.diag(), counts.sum(1), counts.sum(0)
 
 @patch(as_prop=True)
 def iou(self:ConfusionMatrix):
     "Intersection over union per class, (C,); nan for a class in neither target nor prediction"
-    right,target,pred = _sums(self)
+    right, target, pred = _sums(self)
     return right/(target+pred-right)
 
 @patch(as_prop=True)
 def dice(self:ConfusionMatrix):
     "Dice coefficient (F1 of the pixels) per class, (C,); nan for a class in neither target nor prediction"
-    right,target,pred = _sums(self)
+    right, target, pred = _sums(self)
     return 2*right/(target+pred)
 
 @patch(as_prop=True)
 def recall(self:ConfusionMatrix):
     "Share of each class's pixels that is found, (C,); nan for a class that no target has"
-    right,target,_ = _sums(self)
+    right, target, _ = _sums(self)
     return right/target
 
 @patch(as_prop=True)
@@ -98,7 +98,7 @@ def mean_accuracy(self:ConfusionMatrix): "Mean of `recall` over the classes that
 @patch(as_prop=True)
 def pixel_accuracy(self:ConfusionMatrix):
     "Share of pixels that are right"
-    right,target,_ = _sums(self)
+    right, target, _ = _sums(self)
     return (right.sum()/target.sum()).item()
 
 @patch
@@ -110,7 +110,7 @@ def table(self:ConfusionMatrix,
 
 # %% ../nbs/30_metrics.ipynb #309c0002
 def _checked_groups(groups, n):
-    for name,ids in groups.items():
+    for name, ids in groups.items():
         bad = [i for i in ids if not 0 <= i < n]
         if bad or not len(ids): raise ValueError(f"group {name!r}: {list(ids)}: expected ids of classes, 0 to {n-1}")
     return groups
@@ -121,9 +121,9 @@ def group_iou(self:ConfusionMatrix,
 )->dict:          # Name → mean of `iou` over its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
     "mIoU by groups of classes"
     iou = self.iou
-    means = {name: iou[list(ids)].nanmean().item() for name,ids in _checked_groups(groups, self.n_classes).items()}
-    if {'base','novel'} <= means.keys():
-        base,novel = means['base'],means['novel']
+    means = {name: iou[list(ids)].nanmean().item() for name, ids in _checked_groups(groups, self.n_classes).items()}
+    if {'base', 'novel'} <= means.keys():
+        base, novel = means['base'], means['novel']
         means['harmonic'] = 2*base*novel/(base+novel) if base+novel != 0 else 0.   # nan stays nan
     return means
 
@@ -141,7 +141,7 @@ def _of_group(name, groups, cm): return cm.group_iou(groups)[name]
 
 class _Shared(Metric):
     "One number of the matrix of a `SegmentationMetrics`; the first of them does the counting for all"
-    def __init__(self, group, name, value=None): self.group,self._name,self._value = group,name,value or attrgetter(name)
+    def __init__(self, group, name, value=None): self.group, self._name, self._value = group, name, value or attrgetter(name)
     @property
     def name(self): return self._name
     @property
@@ -162,7 +162,7 @@ class SegmentationMetrics:
         self.confusion = ConfusionMatrix(n_classes)
         self.metrics = [_Shared(self, name) for name in names]
         grouped = _checked_groups(groups or {}, n_classes)
-        both = ('harmonic',) if {'base','novel'} <= grouped.keys() else ()
+        both = ('harmonic',) if {'base', 'novel'} <= grouped.keys() else ()
         self.metrics += [_Shared(self, f'miou_{name}', partial(_of_group, name, grouped)) for name in (*grouped, *both)]
         self._total = None
 
@@ -171,11 +171,11 @@ class SegmentationMetrics:
 
     def accumulate(self, learn):
         "Count the learner's current batch, without the samples that a distributed loader repeats to fill its last batch"
-        pred,target = learn.pred,learn.y[0] if isinstance(learn.y, tuple) else learn.y   # the label map comes first
+        pred, target = learn.pred, learn.y[0] if isinstance(learn.y, tuple) else learn.y   # the label map comes first
         dl = getattr(learn, 'dl', None)
         if all(hasattr(dl, o) for o in ('n', 'n_padded', 'i', 'rank', 'world_size')):
             extra = dl.rank*dl.n_padded//dl.world_size + dl.i - dl.n
-            if extra > 0: pred,target = pred[:max(0, len(pred)-extra)],target[:max(0, len(target)-extra)]
+            if extra > 0: pred, target = pred[:max(0, len(pred)-extra)], target[:max(0, len(target)-extra)]
         self.confusion.update(pred, target)
         self._total = None
 

@@ -32,14 +32,14 @@ BASES = dict(mini=MINI, full=FULL)
 PUBLISHED = dict(
     source="SASFormer, arXiv 2212.02019: mIoU in per cent on PASCAL VOC 2012 val, tables as printed; AFA: arXiv 2203.02664",
     table1={"DenseCRF Loss (ResNet101, multi-stage)": 57.00, "A2GNN (ResNet101, multi-stage)": 66.80, "Seminar (ResNet101, multi-stage)": 72.51,
-            "What's the point (VGG16)": 43.40, "TEL (ResNet101)": 68.40, "baseline": 64.21, "TEL": 69.33, "SASFormer": 73.13},
+            "What's the point (VGG16)": 43.40, "TEL (ResNet101)": 68.40, 'baseline': 64.21, 'TEL': 69.33, 'SASFormer': 73.13},
     table2={"ScribbleSup (VGG16, multi-stage)": 63.10, "DenseCRF Loss (ResNet101, multi-stage)": 75.00, "GridCRF Loss (ResNet101, multi-stage)": 72.80,
             "URSS (ResNet101, multi-stage)": 76.10, "Seminar (ResNet101, multi-stage)": 76.20, "A2GNN (ResNet101, multi-stage)": 76.20,
             "BPG (ResNet101)": 76.00, "SPML (ResNet101)": 76.10, "PSI (ResNet101)": 74.90, "TEL (ResNet101)": 77.30,
-            "baseline": 73.37, "TEL": 78.53, "SASFormer": 79.49},
-    table3={"none": 73.37, "1": 77.38, "2": 76.97, "3": 75.98, "4": 74.10, "1+2": 79.06, "1+2+3": 79.24, "all": 79.49},
+            "baseline": 73.37, 'TEL': 78.53, 'SASFormer': 79.49},
+    table3={'none': 73.37, '1': 77.38, '2': 76.97, '3': 75.98, '4': 74.10, '1+2': 79.06, '1+2+3': 79.24, 'all': 79.49},
     table4={"Segmenter without": 72.75, "Segmenter with": 76.11, "SETR without": 70.47, "SETR with": 76.04, "SegFormer without": 73.37, "SegFormer with": 79.49},
-    table5={"KL": 78.62, "CE": 76.80, "L1": 77.25, "L2": 79.49},
+    table5={'KL': 78.62, 'CE': 76.80, 'L1': 77.25, 'L2': 79.49},
     afa={"MiT-B1, image tags": 66.0})
 
 # %% ../nbs/65_paper.ipynb #eb0dbe45
@@ -73,19 +73,19 @@ TABLES = dict(
                  'The text of section 4.2 gives SASFormer 72.78, its table 73.13.'),
     table2=Table('Table 2: scribble labels', _methods('scribble'), 3, PUBLISHED['table2']),
     table3=Table('Table 3: encoder blocks in the affinity loss, scribbles', {
-        'none': dict(base='scribble', **_baseline), **{b: dict(_scribble, blocks=b.replace('+', ',')) for b in ('1','2','3','4','1+2','1+2+3')},
+        'none': dict(base='scribble', **_baseline), **{b: dict(_scribble, blocks=b.replace('+', ',')) for b in ('1', '2', '3', '4', '1+2', '1+2+3')},
         'all': _scribble}, 3, PUBLISHED['table3']),
     table4=Table('Table 4: segmenters with and without the affinity loss, scribbles',
         {**_without_with('Segmenter', **_vit('segmenter', lr=dict(mini=2e-4, full=RECIPES['voc2012_scribble']['lr']))), **_without_with('SETR', **_vit('setr')), **_without_with('SegFormer')}, 3, PUBLISHED['table4']),
-    table5=Table('Table 5: distance in the affinity loss, scribbles', {d: dict(_scribble, distance=d) for d in ('KL','CE','L1','L2')}, 3, PUBLISHED['table5'],
+    table5=Table('Table 5: distance in the affinity loss, scribbles', {d: dict(_scribble, distance=d) for d in ('KL', 'CE', 'L1', 'L2')}, 3, PUBLISHED['table5'],
                  "The paper's text says that L1 is best with 79.49: its columns L1 and L2 look swapped. Ours at size mini is the default form, where L1 is the default."))
 
 # %% ../nbs/65_paper.ipynb #35a92f18
-_levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l<1 else 'scribble' for l in (1, .7, .5, .3, 0)},
+_levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l < 1 else 'scribble' for l in (1, .7, .5, .3, 0)},
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
     alpha=Table('Weight of the affinity loss, as a multiple of the base\'s α', {
-        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point','scribble') for t in (0, .25, .5, 1, 2.5, 4)}),
+        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point', 'scribble') for t in (0, .25, .5, 1, 2.5, 4)}),
     form=Table('Forms of the affinity loss, scribbles', {
         'baseline': dict(base='scribble', **_baseline),
         'default form': dict(_scribble, form='default'),
@@ -99,12 +99,12 @@ TABLES.update(
         'default, stride 2': dict(_scribble, form='default', last_stride=2),
         'baseline, stride 2': dict(base='scribble', **_baseline, last_stride=2)}),
     robustness=Table('Shorter scribbles, and fewer labelled objects', {
-        f'{k}, {m}': dict(base='scribble', method=m, annotation=a) for k,a in _levels.items() for m in ('baseline','sasformer')}),
+        f'{k}, {m}': dict(base='scribble', method=m, annotation=a) for k, a in _levels.items() for m in ('baseline', 'sasformer')}),
     time=Table('mIoU against annotation time', {
-        **{f'{b}, {m}': dict(base=b, method=m) for b in ('point','scribble') for m in ('baseline','sasformer')},
+        **{f'{b}, {m}': dict(base=b, method=m) for b in ('point', 'scribble') for m in ('baseline', 'sasformer')},
         'dense, baseline': dict(base='scribble', annotation='dense', **_baseline)}, 3,
         {'tags, AFA (MiT-B1)': PUBLISHED['afa']["MiT-B1, image tags"], 'point, baseline': 64.21, 'point, sasformer': 73.13, 'scribble, baseline': 73.37, 'scribble, sasformer': 79.49},
-        'Seconds per image: '+', '.join(f'{k} {v:g}' for k,v in SECONDS.items())+" (What's the Point, ECCV 2016)."),
+        'Seconds per image: '+', '.join(f'{k} {v:g}' for k, v in SECONDS.items())+" (What's the Point, ECCV 2016)."),
     sampled=Table('The affinity loss on a random share of the rows', {'all rows': _scribble, '25 % of the rows': dict(_scribble, fraction=.25)}))
 
 # %% ../nbs/65_paper.ipynb #6d682b80
@@ -129,12 +129,12 @@ _labels = dict(points='point', short='scribble:length=0.1', long='scribble', blo
 _camvid = dict(recipe='camvid', weights='pretrained')
 _four = 'baseline', 'tel', 'sasformer', 'sasformer+tel'
 _matrix = lambda labels, *methods: {f'{k}-{m}': dict(annotation=_labels[k], method=m) for k in labels for m in methods}
-_camvid_rows = {**_matrix(('points','short','long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
+_camvid_rows = {**_matrix(('points', 'short', 'long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
 TABLES.update(
     camvid=Table('CamVid: points, short and long scribbles, masks', _camvid_rows, 3, base=_camvid, folder='camvid'),
     camvid_scratch=Table('CamVid, from scratch', _camvid_rows, 3, base=dict(recipe='camvid'), folder='camvid_scratch'),
     tel=Table('CamVid: tree energy loss and affinity loss, alone and together',
-              {**_matrix(('points','long'), *_four), **{k: dict(r, epochs=5) for k,r in _matrix(('block10','block20','block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'))
+              {**_matrix(('points', 'long'), *_four), **{k: dict(r, epochs=5) for k, r in _matrix(('block10', 'block20', 'block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'))
 
 # %% ../nbs/65_paper.ipynb #49c2ccf0
 TABLES.update(
@@ -176,35 +176,35 @@ def cell_recipe(
 )->Recipe:
     "The recipe of a cell; options of a method that it does not use mean nothing"
     known = {f.name for f in dataclasses.fields(Recipe)}
-    fields = {k: v for k,v in cell.items() if k in known}
-    options = {k: v for k,v in cell.items() if k not in known and k!='recipe'}
+    fields = {k: v for k, v in cell.items() if k in known}
+    options = {k: v for k, v in cell.items() if k not in known and k != 'recipe'}
     def with_options(name):
-        own = {k.removeprefix(f'{name}.'): v for k,v in options.items()}
-        own = {k: v for k,v in own.items() if k in {f.name for f in dataclasses.fields(METHODS[name])}}
-        return f'{name}:'+','.join(f'{k}={v}' for k,v in own.items())
+        own = {k.removeprefix(f'{name}.'): v for k, v in options.items()}
+        own = {k: v for k, v in own.items() if k in {f.name for f in dataclasses.fields(METHODS[name])}}
+        return f'{name}:'+','.join(f'{k}={v}' for k, v in own.items())
     method = fields.pop('method', Recipe.method)
-    if method!='baseline': method = '+'.join(map(with_options, method.split('+')))
-    if fields.get('weights')=='pretrained': fields['weights'] = weights or 'pretrained'
+    if method != 'baseline': method = '+'.join(map(with_options, method.split('+')))
+    if fields.get('weights') == 'pretrained': fields['weights'] = weights or 'pretrained'
     r = recipe(cell['recipe'], method=method, **fields)
-    if path is not None and r.data!='scenes': r.path = str(path)
+    if path is not None and r.data != 'scenes': r.path = str(path)
     return r
 
 def _meaning(cell):
     "Fields and options by name"
     r = cell_recipe(cell)
-    return {**dataclasses.asdict(r), **{k: v for m in r.methods.values() for k,v in m.meaning().items()}}
+    return {**dataclasses.asdict(r), **{k: v for m in r.methods.values() for k, v in m.meaning().items()}}
 
 # %% ../nbs/65_paper.ipynb #aaec9d4f
 def _row_cell(row, size):
     "Name (without seed) and fields of a row at a size"
-    row = {k: v[size] if isinstance(v, dict) else v for k,v in row.items()}
+    row = {k: v[size] if isinstance(v, dict) else v for k, v in row.items()}
     base, times = BASES[size][row.pop('base')], row.pop('times', 1)
-    if times!=1: row['alpha'] = round(times*_meaning({**base, 'method': 'sasformer'})['alpha'], 6)
+    if times != 1: row['alpha'] = round(times*_meaning({**base, 'method': 'sasformer'})['alpha'], 6)
     before, after = _meaning({**base, 'method': row['method']}), _meaning({**base, **row})
     formed = {**_meaning({**base, 'method': row['method'], 'form': after.get('form')}), 'form': before.get('form')}   # the row's form without its changes
-    new = {k: v for k,v in row.items() if k!='method' and after[k]!=formed[k]}
+    new = {k: v for k, v in row.items() if k != 'method' and after[k] != formed[k]}
     plain = lambda v: str(v).replace(',', '+').replace(':', '_')
-    parts = [v if k=='model' else f'{k}={plain(v)}' for k,v in sorted(new.items()) if k!='annotation' and v is not None]
+    parts = [v if k == 'model' else f'{k}={plain(v)}' for k,v in sorted(new.items()) if k != 'annotation' and v is not None]
     name = '-'.join([plain(after['annotation']), row['method'].replace('+', '_'), *parts])
     return name, {**base, **new, 'method': row['method']}
 
@@ -215,10 +215,10 @@ def table_rows(
     "The cells of a table, seeds left out"
     if table not in TABLES: raise ValueError(f"no table {table!r}: expected one of {', '.join(TABLES)}")
     t = TABLES[table]
-    if size not in BASES or (t.folder and size!='mini'):
+    if size not in BASES or (t.folder and size != 'mini'):
         raise ValueError(f"{table} has no size {size!r}: expected {'mini' if t.folder else ' or '.join(BASES)}")
-    if t.folder: return {r: (r.replace('+tel', '_tel'), {**t.base, **f}) for r,f in t.rows.items()}
-    return {r: _row_cell(f, size) for r,f in t.rows.items()}
+    if t.folder: return {r: (r.replace('+tel', '_tel'), {**t.base, **f}) for r, f in t.rows.items()}
+    return {r: _row_cell(f, size) for r, f in t.rows.items()}
 
 def table_cells(
     table:str,        # One of `TABLES`
@@ -227,15 +227,15 @@ def table_cells(
 )->dict:              # Name of the cell → fields; seed 0 of all rows first
     "The cells of a table; rows that mean the same share one"
     rows = table_rows(table, size)
-    seeds = seeds or (1 if size=='full' else TABLES[table].seeds)
-    return {f'{name}-seed{s}': {**f, 'seed': s} for s in range(seeds) for name,f in rows.values()}
+    seeds = seeds or (1 if size == 'full' else TABLES[table].seeds)
+    return {f'{name}-seed{s}': {**f, 'seed': s} for s in range(seeds) for name, f in rows.values()}
 
 def table_folder(table, size='mini'): return TABLES[table].folder or size
 
 # %% ../nbs/65_paper.ipynb #b249e5b6
 def _defaults():
     "Of every field and option, as `flat_settings` names them"
-    options = {f'{n}.{f.name}': f.default for n,cls in METHODS.items() for f in dataclasses.fields(cls)}
+    options = {f'{n}.{f.name}': f.default for n, cls in METHODS.items() for f in dataclasses.fields(cls)}
     return {**{f.name: f.default for f in dataclasses.fields(Recipe)}, **json.loads(json.dumps(options))}
 
 def differences(
@@ -246,9 +246,9 @@ def differences(
     "Where the settings of a result file are not those of its cell"
     r = cell_recipe(cell, weights=weights)
     old, new, default = flat_settings(old), flat_settings(r.settings()), _defaults()
-    if cell.get('weights')=='pretrained' and weights is None: del new['weights']
-    if r.precision=='auto': del new['precision']
-    return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k,v in new.items() if old.get(k, default[k])!=v)
+    if cell.get('weights') == 'pretrained' and weights is None: del new['weights']
+    if r.precision == 'auto': del new['precision']
+    return ', '.join(f"{k} {old.get(k, default[k])!r} → {v!r}" for k, v in new.items() if old.get(k, default[k]) != v)
 
 # %% ../nbs/65_paper.ipynb #2cdabc7f
 _moved = dict(
@@ -263,11 +263,11 @@ def migrate_settings(
     if 'options' in old: return old
     def options(name):
         fields = {f.name: f for f in dataclasses.fields(METHODS[name])}
-        given = {new: old[k] for k,new in _moved[name].items() if old.get(k) is not None}
-        if given.get('fraction')==1: del given['fraction']   # was the default, and is the form's
-        return METHODS[name](**{k: convert(fields[k], v) if isinstance(v, str) else v for k,v in given.items()})
-    methods = [] if old['method']=='baseline' else old['method'].split('+')
-    rest = {k: v for k,v in old.items() if not any(k in m for m in _moved.values())}
+        given = {new: old[k] for k, new in _moved[name].items() if old.get(k) is not None}
+        if given.get('fraction') == 1: del given['fraction']   # was the default, and is the form's
+        return METHODS[name](**{k: convert(fields[k], v) if isinstance(v, str) else v for k, v in given.items()})
+    methods = [] if old['method'] == 'baseline' else old['method'].split('+')
+    rest = {k: v for k, v in old.items() if not any(k in m for m in _moved.values())}
     return json.loads(json.dumps({**rest, 'options': {m: dataclasses.asdict(options(m)) for m in methods}}))
 
 def migrate_results(
@@ -292,7 +292,7 @@ def _start(cell, out, path, weights, device, launcher):
     r = cell_recipe(cell, path, weights)
     write_json(out/'cell.json', dataclasses.asdict(r))
     command = [*(shlex.split(launcher) if launcher else [sys.executable]), '-m', 'sasformer.paper', 'cell', str(out), *(['--device', device] if device else [])]
-    threads = dict(OMP_NUM_THREADS='1') if device=='cpu' else {}
+    threads = dict(OMP_NUM_THREADS='1') if device == 'cpu' else {}
     with open(out/'output.txt', 'a') as log, lock:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads}, pass_fds=(lock.fileno(),))
 
@@ -322,7 +322,7 @@ def missing_cells(
 )->list:              # Names
     "Cells without a result file; raises where a file has other settings than its cell"
     todo = []
-    for name,cell in cells.items():
+    for name, cell in cells.items():
         try:
             file = Path(results)/f'{name}.json'
             if not file.exists(): cell_recipe(cell, weights=weights); todo.append(name)
@@ -345,22 +345,22 @@ def run_cells(
     show=noop,          # Called again and again with the files that running cells write into, by name
 )->list:                # Names of the cells that were run
     "Run the cells that have no result file with the same settings; a cell that fails keeps none of the others from running"
-    if jobs<1: raise ValueError(f"jobs={jobs}: expected at least 1")
+    if jobs < 1: raise ValueError(f"jobs={jobs}: expected at least 1")
     results, work = Path(results), Path(work)
     todo, running, ended, failed = missing_cells(cells, results, weights), {}, [], {}
-    if weights is None and (n := next((n for n in todo if cells[n].get('weights')=='pretrained'), None)): raise ValueError(f"{n} starts from pretrained weights: give --weights")
+    if weights is None and (n := next((n for n in todo if cells[n].get('weights') == 'pretrained'), None)): raise ValueError(f"{n} starts from pretrained weights: give --weights")
     def collect(name):
         r = _collect(name, cells[name], results, work, weights)
         ended.append(name)
         done(name, r)
     try:
         while todo or running:
-            while todo and len(running)<jobs:
+            while todo and len(running) < jobs:
                 name = todo.pop(0)
                 if (work/name/'result.json').exists(): collect(name)   # finished, but its result was not copied
                 elif (p := _start(cells[name], work/name, path, weights, device, launcher)): running[name] = p
                 else: done(name, None)
-            for name,p in list(running.items()):
+            for name, p in list(running.items()):
                 if p.poll() is None: continue
                 del running[name]
                 if p.returncode: failed[name] = (work/name/'output.txt').read_text()[-800:]
@@ -370,13 +370,13 @@ def run_cells(
     finally:
         for p in running.values(): p.terminate()
         for p in running.values(): p.wait()
-    if failed: raise RuntimeError('\n'.join(f"{n} failed, see {work/n/'output.txt'}:\n{t}" for n,t in failed.items()))
+    if failed: raise RuntimeError('\n'.join(f"{n} failed, see {work/n/'output.txt'}:\n{t}" for n, t in failed.items()))
     return ended
 
 # %% ../nbs/65_paper.ipynb #fe499f03
 def read_results(
     folder:Path,        # Of result files
-)->"pd.DataFrame":        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
+)->'pd.DataFrame':        # One row a file: cell, variant, seed, mIoU in per cent, per-class IoU, seconds, …
     "All result files of a folder"
     import pandas as pd
     rows = []
@@ -391,14 +391,14 @@ def result_table(
     df,    # From `read_results`
     variants:list=None, # Which, in order; None: all
     classes:bool=True,  # Columns with each class's IoU (mean over the seeds)?
-)->"pd.DataFrame":        # Indexed by variant: number of seeds, mean mIoU, spread (max - min), per-class IoU
+)->'pd.DataFrame':        # Indexed by variant: number of seeds, mean mIoU, spread (max - min), per-class IoU
     "Mean over the seeds, in per cent"
     import pandas as pd
     rows = {}
     for v in variants or list(dict.fromkeys(df.variant)):
-        d = df[df.variant==v]
+        d = df[df.variant == v]
         if not len(d): continue
-        rows[v] = dict(seeds=len(d), mIoU=round(d.miou.mean(), 1), spread=round(d.miou.max()-d.miou.min(), 1) if len(d)>1 else None)
+        rows[v] = dict(seeds=len(d), mIoU=round(d.miou.mean(), 1), spread=round(d.miou.max()-d.miou.min(), 1) if len(d) > 1 else None)
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
@@ -408,7 +408,7 @@ def paper_table(
     results:Path='results',  # Folder of the folders of result files
     size:str='mini',
     seeds:int=None,          # Only seeds 0 to this minus one; None: all there are
-)->"pd.DataFrame":             # Rows of the table; seeds, mIoU, spread (max - min), published; `attrs['stale']`: files with other settings, left out
+)->'pd.DataFrame':             # Rows of the table; seeds, mIoU, spread (max - min), published; `attrs['stale']`: files with other settings, left out
     "A table with the published numbers beside ours, in per cent"
     import pandas as pd
     folder, rows, stale = Path(results)/table_folder(table, size), {}, []
@@ -416,13 +416,13 @@ def paper_table(
     for row in [*(r for r in t.published if r not in cells), *cells]:
         values = []
         for f in sorted(folder.glob(f"{cells[row][0]}-seed*.json")) if row in cells else []:
-            if seeds is not None and int(f.stem.rpartition('-seed')[2])>=seeds: continue
+            if seeds is not None and int(f.stem.rpartition('-seed')[2]) >= seeds: continue
             r = json.loads(f.read_text())
             try: differ = differences(r['settings'], {**cells[row][1], 'seed': r['settings']['seed']})
             except ValueError as e: differ = str(e)
             if differ: stale.append(f'{f.name}: {differ}')
             else: values.append(100*r['miou'])
-        rows[row] = dict(seeds=len(values), mIoU=np.mean(values) if values else np.nan, spread=np.ptp(values) if len(values)>1 else np.nan, published=t.published.get(row, np.nan))
+        rows[row] = dict(seeds=len(values), mIoU=np.mean(values) if values else np.nan, spread=np.ptp(values) if len(values) > 1 else np.nan, published=t.published.get(row, np.nan))
     df = pd.DataFrame(rows).T.astype(dict(seeds=int)).rename_axis('row')
     df.attrs.update(stale=list(dict.fromkeys(stale)), missing=[r for r in cells if not rows[r]['seeds']])
     return df if t.published else df.drop(columns='published')
@@ -434,11 +434,11 @@ def same_order(
     "How many pairs of rows are in the published order"
     d = df.dropna(subset=['mIoU','published']) if 'published' in df else df[:0]
     signs = []
-    for (_,a),(_,b) in itertools.combinations(d.iterrows(), 2):
-        if a.published==b.published: continue
-        spread = max(np.nan_to_num(a.spread), np.nan_to_num(b.spread)) if min(a.seeds, b.seeds)>1 else np.inf
-        signs.append((np.sign(a.mIoU-b.mIoU)==np.sign(a.published-b.published), abs(a.mIoU-b.mIoU)>spread))
-    return dict(pairs=len(signs), same=sum(s for s,_ in signs), clear=sum(c for _,c in signs), clear_same=sum(s and c for s,c in signs))
+    for (_, a), (_, b) in itertools.combinations(d.iterrows(), 2):
+        if a.published == b.published: continue
+        spread = max(np.nan_to_num(a.spread), np.nan_to_num(b.spread)) if min(a.seeds, b.seeds) > 1 else np.inf
+        signs.append((np.sign(a.mIoU-b.mIoU) == np.sign(a.published-b.published), abs(a.mIoU-b.mIoU) > spread))
+    return dict(pairs=len(signs), same=sum(s for s, _ in signs), clear=sum(c for _, c in signs), clear_same=sum(s and c for s, c in signs))
 
 def order_sentence(
     df,  # From `paper_table`
@@ -448,7 +448,7 @@ def order_sentence(
     if not o['pairs']: return "No two rows have both a number of ours and a published one yet."
     words = f"The published order holds for {o['same']} of {o['pairs']} pairs of rows"
     if o['clear']: return f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, {o['clear_same']} of these in the published order."
-    return f"{words}; " + ("no pair differs by more than the spread of its seeds." if (df['seeds']>1).sum()>1 else "with one seed a row, none can be called certain.")
+    return f"{words}; " + ("no pair differs by more than the spread of its seeds." if (df['seeds'] > 1).sum() > 1 else "with one seed a row, none can be called certain.")
 
 # %% ../nbs/65_paper.ipynb #7b70f9be
 def draw_sheet(
@@ -461,11 +461,11 @@ def draw_sheet(
     "Image, labels, mask and the prediction of each variant's seed 0, as a PNG"
     from sasformer.demo import compare_sheet
     from sasformer.learner import load_segmenter
-    cells = {k.removesuffix('-seed0'): c for k,c in cells.items() if k.endswith('-seed0')}
+    cells = {k.removesuffix('-seed0'): c for k, c in cells.items() if k.endswith('-seed0')}
     models = {k: load_segmenter(Path(work)/f'{k}-seed0'/'last.safetensors') for k in cells}
     recipes = [cell_recipe(c, path) for c in cells.values()]
     src = recipes[0].source()
-    annotation = next((r.annotation for r in recipes if r.annotation!='dense'), 'dense')
+    annotation = next((r.annotation for r in recipes if r.annotation != 'dense'), 'dense')
     ids = src.splits['val']
     fig = compare_sheet(models, src, annotation, [ids[i] for i in np.linspace(0, len(ids)-1, images).astype(int)])
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -477,7 +477,7 @@ def paper_parser():
     sub = p.add_subparsers(dest='command', required=True, metavar='list|run|show|sheet|cell')
     def command(name, text, several=False):
         c = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
-        c.add_argument('table', nargs='*' if name=='list' else '+' if several else 1, help="One of "+', '.join(TABLES)+{'list': ' (default: all)'}.get(name, ''))
+        c.add_argument('table', nargs='*' if name == 'list' else '+' if several else 1, help="One of "+', '.join(TABLES)+{'list': ' (default: all)'}.get(name, ''))
         c.add_argument('--size', default='mini', choices=tuple(BASES), help="mini: minutes on this machine; full: the paper's setting (default: mini)")
         c.add_argument('--results', type=Path, default=Path('results'), help="Folder of the folders of result files (default: results)")
         return c
@@ -503,7 +503,7 @@ def paper_parser():
 
 # %% ../nbs/65_paper.ipynb #3f96020c
 def _chosen(o, table, seeds=None):
-    cells = {k: v for k,v in table_cells(table, o.size, seeds).items() if any(part in k for part in o.only.split(','))}
+    cells = {k: v for k, v in table_cells(table, o.size, seeds).items() if any(part in k for part in o.only.split(','))}
     if not cells: raise ValueError(f"--only {o.only}: no cell of {table} has such a name")
     return cells
 
@@ -526,25 +526,25 @@ def full_size_needs(
             f"({crops/1e6:.1f} million crops). Hours and memory were not measured here: sasformer_bench step --device cuda times a step on yours")
 
 def _list(o):
-    if o.size=='full': print(full_size_needs({n: c for t in (o.table or TABLES) if t not in TABLES or not TABLES[t].folder for n,c in _chosen(o, t, o.seeds).items()}))
+    if o.size == 'full': print(full_size_needs({n: c for t in (o.table or TABLES) if t not in TABLES or not TABLES[t].folder for n, c in _chosen(o, t, o.seeds).items()}))
     for t in o.table or TABLES:
-        if t in TABLES and TABLES[t].folder and o.size!='mini' and not o.table: continue
+        if t in TABLES and TABLES[t].folder and o.size != 'mini' and not o.table: continue
         cells, folder = _chosen(o, t, o.seeds), table_folder(t, o.size)
-        states = {n: _state(n, c, o.results/folder, o.work/folder) for n,c in cells.items()} if o.table else None
+        states = {n: _state(n, c, o.results/folder, o.work/folder) for n, c in cells.items()} if o.table else None
         if o.table:
-            for n,s in states.items(): print(f'{s or "-":6} {n}')
+            for n, s in states.items(): print(f'{s or "-":6} {n}')
         else: print(f"{t:16} {sum((o.results/folder/f'{n}.json').exists() for n in cells):3} of {len(cells):3} cells have results  {TABLES[t].title}")
 
 def _run(o):
-    total = {(table_folder(t, o.size), n): c for t in o.table for n,c in _chosen(o, t, o.seeds).items()}
-    if o.precision!='auto': total = {k: {**c, 'precision': o.precision} for k,c in total.items()}
+    total = {(table_folder(t, o.size), n): c for t in o.table for n, c in _chosen(o, t, o.seeds).items()}
+    if o.precision != 'auto': total = {k: {**c, 'precision': o.precision} for k, c in total.items()}
     show = ShowRuns(8)
-    device, elsewhere, run = o.device or (None if o.size=='full' else 'cpu'), [], []
+    device, elsewhere, run = o.device or (None if o.size == 'full' else 'cpu'), [], []
     def done(name, r):
         if r is None: elsewhere.append(name)
         print(f"{name}: {'another process is at it' if r is None else f'''mIoU {100*r['miou']:.2f} in {r['seconds']:.0f} s'''}", flush=True)
-    for folder in dict.fromkeys(f for f,_ in total):
-        cells = {n: c for (f,n),c in total.items() if f==folder}
+    for folder in dict.fromkeys(f for f, _ in total):
+        cells = {n: c for (f, n), c in total.items() if f == folder}
         run += run_cells(cells, o.results/folder, o.work/folder, o.path, o.weights, o.jobs, device, o.launcher, done, show)
     print(f"{len(run)} run, {len(total)-len(run)-len(elsewhere)} were there"+(f", {len(elsewhere)} with other processes" if elsewhere else ''))
 
@@ -564,13 +564,13 @@ def main(args=None):
     p = paper_parser()
     o = p.parse_args(args)
     def stop(*_): raise KeyboardInterrupt   # cells that run are stopped with this program
-    before = signal.signal(signal.SIGTERM, stop) if o.command=='run' else None
+    before = signal.signal(signal.SIGTERM, stop) if o.command == 'run' else None
     try:
         if o.command in ('cell', 'sheet'):
             import matplotlib
             matplotlib.use('Agg')
-        if o.command=='cell': train_cell(o.folder, o.device)
-        elif o.command=='sheet':
+        if o.command == 'cell': train_cell(o.folder, o.device)
+        elif o.command == 'sheet':
             folder = table_folder(o.table[0], o.size) if o.table[0] in TABLES else ''
             draw_sheet(_chosen(o, o.table[0]), o.work/folder, o.out, o.path)
         else: dict(list=_list, run=_run, show=_show)[o.command](o)
@@ -579,4 +579,4 @@ def main(args=None):
     finally:
         if before is not None: signal.signal(signal.SIGTERM, before)
 
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

@@ -15,7 +15,7 @@ def share(s):
     "A number from 0 to 1"
     try: v = float(s)
     except ValueError: v = -1.
-    if not 0<=v<=1: raise argparse.ArgumentTypeError(f"{s!r}: expected a number from 0 to 1")
+    if not 0 <= v <= 1: raise argparse.ArgumentTypeError(f"{s!r}: expected a number from 0 to 1")
     return v
 
 def predict_parser():
@@ -28,7 +28,7 @@ def predict_parser():
     p.add_argument('--alpha', type=share, default=.5, help="Weight of the colours in overlays, 0 to 1 (default: 0.5)")
     inference_options(p)
     p.add_argument('--overwrite', action='store_true', help="Replace masks and overlays that are there")
-    p.add_argument('--on_error', choices=('raise','skip'), default='raise',
+    p.add_argument('--on_error', choices=('raise', 'skip'), default='raise',
                    help="An image that cannot be read: stop before any work, or leave it out and say so (default: raise)")
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
@@ -53,4 +53,4 @@ def main(args=None):
     print(f"{o.out}: {done}")
 
 # %% ../nbs/62_predict.ipynb #9355ba42
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

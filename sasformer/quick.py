@@ -41,12 +41,12 @@ def chunked_attention(
 )->Tensor:            # (B, heads, M, D')
     "softmax(q kᵀ · scale) v from plain products, without gradients"
     scale = q.shape[-1]**-.5 if scale is None else scale
-    (B,H,N,_), M = q.shape, k.shape[2]
-    q, k, v = (t.flatten(0,1) for t in (q, k, v))
+    (B, H, N, _), M = q.shape, k.shape[2]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     out, pieces = q.new_empty(B*H, N, v.shape[-1]), _pieces(B*H, N, M, most)
-    part = _space(pieces, M, q) if attn is None else lambda h, r: attn.flatten(0,1)[h,r]
-    for h,r in pieces: torch.bmm(_softmax_scores(q[h,r], k[h], scale, part(h, r)), v[h], out=out[h,r])
-    return out.unflatten(0, (B,H))
+    part = _space(pieces, M, q) if attn is None else lambda h, r: attn.flatten(0, 1)[h,r]
+    for h, r in pieces: torch.bmm(_softmax_scores(q[h,r], k[h], scale, part(h, r)), v[h], out=out[h,r])
+    return out.unflatten(0, (B, H))
 
 # %% ../nbs/13_quick.ipynb #87dc89c5
 class BufferPool:
@@ -57,8 +57,8 @@ class BufferPool:
         "Memory for a map, or `None` where there is none left"
         n = math.prod(shape)*dtype.itemsize
         if not self.free.get(n):
-            if self.taken+n>self.bytes: self._drop()
-            if self.taken+n>self.bytes: return None
+            if self.taken+n > self.bytes: self._drop()
+            if self.taken+n > self.bytes: return None
             self.free[n] = [torch.empty(n, dtype=torch.uint8)]
             self.taken += n
         return self.free[n].pop().view(dtype).view(shape)
@@ -67,7 +67,7 @@ class BufferPool:
 
     def _drop(self):
         "Forget what lies unused, such as maps of another batch size"
-        self.taken -= sum(n*len(o) for n,o in self.free.items())
+        self.taken -= sum(n*len(o) for n, o in self.free.items())
         self.free.clear()
 
 class Buffer:
@@ -101,7 +101,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g, token):
         (q, k, v), m = ctx.saved_tensors, ctx.m
-        (B,H,N,_), M, D = q.shape, k.shape[2], v.shape[-1]
+        (B, H, N, _), M, D = q.shape, k.shape[2], v.shape[-1]
         g, products = q.new_zeros(B, H, N, D) if g is None else g, []
         for gy, p, product in [o for task, *o in m.more if task == torch._C._current_graph_task_id()]:
             if product is not None: products.append(product.memory)
@@ -110,7 +110,7 @@ class _Attention(torch.autograd.Function):
         gradients = _backward(*(t.flatten(0, 1) for t in (q, k, v, g)), D, m.scale, kept, more)
         m.forget()
         m.more.clear()
-        return *(t.unflatten(0, (B,H)) for t in gradients), None
+        return *(t.unflatten(0, (B, H)) for t in gradients), None
 
 def _backward(q, k, v, g, D, scale, attn, more=None, most=2**20):
     "Gradients to q, k and the first `D` columns of v, all (B·heads, ·, ·); `more` is added to the gradient of each head's map, (B, N, M')"
@@ -118,7 +118,7 @@ def _backward(q, k, v, g, D, scale, attn, more=None, most=2**20):
     pieces = _pieces(*q.shape[:2], M, most)
     image = None if more is None else torch.arange(len(q))//(len(q)//len(more))   # of each head
     part, again = _space(pieces, M, q), _space(pieces, M, q) if attn is None else None
-    for h,r in pieces:
+    for h, r in pieces:
         A = _softmax_scores(q[h,r], k[h], scale, again(h, r)) if attn is None else attn[h,r]
         S = part(h, r)
         if more is None: torch.bmm(g[h,r], v[h].mT, out=S)
@@ -136,11 +136,11 @@ def _sums(maps, sampled, out=None, most=2**20):
     (B, H, N, _), M = qs[0].shape, maps[0].k.shape[2]
     pieces = _pieces(B, N, M if kept else H*M, most)
     space, part = _space(pieces, M, qs[0].new_empty(0, dtype=torch.float32)), None if kept else _space(pieces, H*M, qs[0])
-    for b,r in pieces:
+    for b, r in pieces:
         total = space(b, r).zero_()
-        for m,q in zip(maps, qs):
+        for m, q in zip(maps, qs):
             if m.memory is not None: A = m.memory[b,:,sampled][:,:,r]
-            else: A = _softmax_scores(q[b,:,r].flatten(0,1), m.k[b].flatten(0,1), m.scale, part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1,H))
+            else: A = _softmax_scores(q[b,:,r].flatten(0, 1), m.k[b].flatten(0, 1), m.scale, part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1, H))
             for head in A.unbind(1): total += head
         if out is None: yield b, r, total.to(qs[0].dtype)
         else: yield b, r, out[b,r].copy_(total)
@@ -149,9 +149,9 @@ def _sums(maps, sampled, out=None, most=2**20):
 def _product(m, sampled, g, v):
     "Memory with g vᵀ at positions `sampled` and zeros elsewhere, (B, N, M'); `None` where there is none or columns are cheaper"
     (B, _, N, D), (_, M, C) = m.q.shape, v.shape
-    product = Buffer(m.pool, (B, N, M), g.dtype) if C>D else None
+    product = Buffer(m.pool, (B, N, M), g.dtype) if C > D else None
     if product is None or product.memory is None: return None
-    if g.shape[1]<N: product.memory.zero_()
+    if g.shape[1] < N: product.memory.zero_()
     torch.bmm(g, v.mT, out=product.memory[:,sampled])
     return product
 
@@ -175,12 +175,12 @@ class _PropagateKept(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             sums = _sums(ctx.maps, ctx.sampled) if kept is None else [(slice(None), slice(None), kept)]
             gp = gy.new_zeros(ctx.v.mT.shape)
-            for b,r,A in sums: gp[b] += torch.bmm(g[b,r].mT, A)   # the narrow side first is faster
+            for b, r, A in sums: gp[b] += torch.bmm(g[b,r].mT, A)   # the narrow side first is faster
             gp = gp.mT/ctx.heads
         ctx.sum.forget()
         if any(ctx.needs_input_grad[3:]):
             n, product = ctx.maps[0].q.shape[2], _product(ctx.maps[0], ctx.sampled, g, ctx.v)
-            if product is None and g.shape[1]<n:
+            if product is None and g.shape[1] < n:
                 g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.sampled.start, ctx.sampled.stop, ctx.sampled.step)
             for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.v, product))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
@@ -205,14 +205,14 @@ class QuickAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and len(args)>=3 and self._takes(*args, **kwargs): return self._attend(*args[:3], kwargs.get('scale'))
+        if func is F.scaled_dot_product_attention and len(args) >= 3 and self._takes(*args, **kwargs): return self._attend(*args[:3], kwargs.get('scale'))
         return func(*args, **kwargs)
 
     def _takes(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or torch.compiler.is_compiling(): return False
-        plain = q.device.type=='cpu' and q.dim()==4 and q.numel()>0 and k.numel()>0 and q.shape[:2]==k.shape[:2]==v.shape[:2] and q.dtype==k.dtype==v.dtype
-        recorded_in_float32 = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled() and q.dtype==torch.float32 and not torch.is_autocast_enabled('cpu')
-        return plain and (q.dtype==torch.bfloat16 or recorded_in_float32)
+        plain = q.device.type == 'cpu' and q.dim() == 4 and q.numel() > 0 and k.numel() > 0 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype
+        recorded_in_float32 = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled() and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        return plain and (q.dtype == torch.bfloat16 or recorded_in_float32)
 
     def _attend(self, q, k, v, scale):
         scale, layer = q.shape[-1]**-.5 if scale is None else scale, getattr(recording, 'layer', None)

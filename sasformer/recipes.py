@@ -59,15 +59,15 @@ class Recipe:
 @patch
 def check(self:Recipe):
     "Raises for values that cannot be meant, before any work"
-    for name,allowed in dict(data=SOURCES, opt=('sgd','adamw'), precision=PRECISIONS, last_stride=(1,2), schedule=('poly','onecycle')).items():
+    for name, allowed in dict(data=SOURCES, opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2), schedule=('poly', 'onecycle')).items():
         among(self, name, tuple(allowed))
     parse_annotation(self.annotation.removeprefix('sim_'))
-    if (self.epochs is None)==(self.iterations is None):
+    if (self.epochs is None) == (self.iterations is None):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
     positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr', 'power')
     not_negative(self, 'wd', 'num_workers', 'cache_mb')
     fraction(self, 'warmup', 'drop_path', 'dropout')
-    if not 0<self.scale_min<=self.scale_max<math.inf:
+    if not 0 < self.scale_min <= self.scale_max < math.inf:
         raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
     if self.last_stride is not None and 'mit_b' not in self.model:
         raise ValueError(f"last_stride={self.last_stride}: only MiT has it, not {self.model}")
@@ -82,10 +82,10 @@ def methods(self:Recipe)->dict:
 @patch
 def settings(self:Recipe)->dict:
     "What a result depends on: not where data and weights lie, nor how they are read"
-    s = {k: v for k,v in dataclasses.asdict(self).items() if k not in ('path', 'num_workers', 'cache_mb')}
+    s = {k: v for k, v in dataclasses.asdict(self).items() if k not in ('path', 'num_workers', 'cache_mb')}
     if s['weights'] is not None: s['weights'] = Path(s['weights']).name
     s['method'] = '+'.join(self.methods) or 'baseline'
-    s['options'] = {name: dataclasses.asdict(m) for name,m in self.methods.items()}
+    s['options'] = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
     return json.loads(json.dumps(s))   # as it is read from a file: lists for tuples
 
 @patch
@@ -104,7 +104,7 @@ def machine(self:Recipe,
     if folder is not None:
         from sasformer.learner import saved_settings
         began = saved_settings(folder).get('precision')
-    return this_machine(device, began if began and self.precision=='auto' else self.precision)
+    return this_machine(device, began if began and self.precision == 'auto' else self.precision)
 
 # %% ../nbs/50_recipes.ipynb #56d79a3a
 @patch
@@ -124,7 +124,7 @@ def learner(self:Recipe,
     size = self.size, self.width or self.size
     dls = sparse_dataloaders(src, self.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers, cache_mb=self.cache_mb,
                              device=machine.device, scales=(self.scale_min, self.scale_max))
-    backbone = dict(pretrained=True) if self.weights=='timm' else dict(weights=self.weights)
+    backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if folder is not None:
@@ -138,7 +138,7 @@ def learner(self:Recipe,
 @patch
 def run(self:Recipe, learn):
     "Train a learner of this recipe as it says"
-    if self.schedule=='poly': learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
+    if self.schedule == 'poly': learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
     else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
     return learn
 

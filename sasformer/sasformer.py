@@ -22,7 +22,7 @@ from .methods import DEFAULT, DISTANCES, FORMS, Form, Method, PAPER, RELEASED, a
 # %% ../nbs/20_sasformer.ipynb #a74388ac
 def _patches(layers):
     "Queries and keys of all `layers`, stacked along the heads, class tokens dropped"
-    q, k = (torch.cat([getattr(o,n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
+    q, k = (torch.cat([getattr(o, n)[:,:,o.prefix:] for o in layers], 1) for n in 'qk')
     return q, k
 
 def propagate_fused(
@@ -45,17 +45,17 @@ def counted_positions(
     positions:str,  # 'unlabelled' or 'all'
 )->Tensor:          # Which positions count, (B, M) bool
     "Positions at a block's resolution that the loss counts (nearest); padding never"
-    (H,W), (h,w) = target.shape[1:], size
-    if H%h==W%w==0: t = target[:,::H//h,::W//w].flatten(1)
+    (H, W), (h, w) = target.shape[1:], size
+    if H%h == W%w == 0: t = target[:,::H//h,::W//w].flatten(1)
     else:   # resizing the whole map would convert every label
-        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m, mode='nearest')[0,0].long() for n,m in ((H,h), (W,w)))
+        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m, mode='nearest')[0,0].long() for n, m in ((H, h), (W, w)))
         t = target[:,y[:,None],x].flatten(1)
-    return t==UNLABELLED if positions=='unlabelled' else t!=PADDING
+    return t == UNLABELLED if positions == 'unlabelled' else t != PADDING
 
 def _resized(scores, size):
     "`scores` (B, C, h, w), logits or probabilities, at `size`, (B, M, C)"
-    if scores.shape[-2:]!=size: scores = F.interpolate(scores, size, mode='bilinear', align_corners=False)
-    return scores.movedim(1,-1).flatten(1,2)
+    if scores.shape[-2:] != size: scores = F.interpolate(scores, size, mode='bilinear', align_corners=False)
+    return scores.movedim(1, -1).flatten(1, 2)
 
 # %% ../nbs/20_sasformer.ipynb #9aea8f25
 def draw_positions(
@@ -63,7 +63,7 @@ def draw_positions(
 )->slice:        # Every n-th position, from one of the first n
     "A random `fraction` of the positions, each as likely as any other"
     n = round(1/fraction)
-    return slice(int(torch.randint(n, ())) if n>1 else 0, None, n)
+    return slice(int(torch.randint(n, ())) if n > 1 else 0, None, n)
 
 # %% ../nbs/20_sasformer.ipynb #6900094d
 def _detached(layers): return [o._replace(q=o.q.detach(), k=o.k.detach()) for o in layers]
@@ -121,11 +121,11 @@ def _l1_back(y, p, on, g, gy, gp):   # (M, C), (M, C), (M,), gradient to the sum
             _softmax(p[i], P)
             sY = sP = np.float32(0)
             for c in range(len(Y)):
-                s = np.float32(Y[c]>P[c])-np.float32(Y[c]<P[c])
+                s = np.float32(Y[c] > P[c])-np.float32(Y[c] < P[c])
                 sY += s*Y[c]
                 sP += s*P[c]
             for c in range(len(Y)):
-                s = np.float32(Y[c]>P[c])-np.float32(Y[c]<P[c])
+                s = np.float32(Y[c] > P[c])-np.float32(Y[c] < P[c])
                 Y[c], P[c] = g*Y[c]*(s-sY), g*P[c]*(sP-s)
         else: Y[:], P[:] = 0, 0
 
@@ -154,10 +154,10 @@ def _distance_sum(form, y, p, on):
 # %% ../nbs/20_sasformer.ipynb #469a4254
 def _block_sum(layers, resized, target, form, propagation):
     "Sum over a block's counted positions, or an estimate of it, and how many count"
-    if form.temperature!=1: layers = [o._replace(scale=o.scale/form.temperature, kept=None) for o in layers]
+    if form.temperature != 1: layers = [o._replace(scale=o.scale/form.temperature, kept=None) for o in layers]
     on, sampled = counted_positions(target, layers[0].q_size, form.positions), draw_positions(form.fraction)
     v, p = resized(layers[0].k_size), resized(layers[0].q_size)[:,sampled]
-    if form.scores=='logits': v, p = v.softmax(-1), p.softmax(-1)
+    if form.scores == 'logits': v, p = v.softmax(-1), p.softmax(-1)
     if 'V' in form.detach: v = v.detach()
     if 'P' in form.detach: p = p.detach()
     if propagation is None: y = propagate(layers, v, sampled, attn_grad='A' not in form.detach)
@@ -182,12 +182,12 @@ def affinity_loss(
         scores = logits if form.scores == 'logits' else logits.softmax(1)
         resized = functools.cache(partial(_resized, scores))   # blocks share sizes
         sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagation) for b in chosen], max(1, num_distrib())
-        return {b: t*processes/global_sum(n).clamp_min(1) for b,(t,n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
+        return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
 
 def combine(terms:dict, over_blocks:str='mean')->Tensor:
     "The mean or sum of the blocks' terms"
     terms = torch.stack(list(terms.values()))
-    return terms.mean() if over_blocks=='mean' else terms.sum()
+    return terms.mean() if over_blocks == 'mean' else terms.sum()
 
 # %% ../nbs/20_sasformer.ipynb #19b48207
 def _tap(model, blocks):

@@ -47,9 +47,9 @@ class SegformerDecoder(nn.Module):
         with torch.autocast(feats[0].device.type, enabled=False):
             slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
             weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
-            bias = sum(s @ p.bias for s,p in zip(slices, self.project))
+            bias = sum(s @ p.bias for s, p in zip(slices, self.project))
         by_size = {}
-        for f,w in zip(feats, weights):
+        for f, w in zip(feats, weights):
             # channels last, which timm's features are not: a 1×1 convolution is then one product; a constant is its own upsampling: add it once
             y = F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None], bias if f is feats[0] else None)
             s = y.shape[-2:]
@@ -72,7 +72,7 @@ class ASPP(nn.Module):
     def __init__(self,
         channels:int,         # Channels that come in
         dim:int=256,          # Channels of each branch, and of what goes out
-        rates:tuple=(6,12,18) # Dilations
+        rates:tuple=(6, 12, 18) # Dilations
     ):
         super().__init__()
         self.branches = nn.ModuleList([_conv(channels, dim), *[_conv(channels, dim, 3, r) for r in rates]])
@@ -92,7 +92,7 @@ class DeepLabV3PlusDecoder(nn.Module):
         stride:int=16,      # Of the coarsest level: the rates of ASPP are 6, 12, 18 at 16 and twice these at 8
     ):
         super().__init__()
-        self.aspp = ASPP(channels[-1], dim, [r*16//stride for r in (6,12,18)])
+        self.aspp = ASPP(channels[-1], dim, [r*16//stride for r in (6, 12, 18)])
         self.skip = _conv(channels[0], 48)
         self.refine = nn.Sequential(_conv(dim+48, dim, 3), _conv(dim, dim, 3))
         self.dropout = nn.Dropout(dropout)
@@ -126,7 +126,7 @@ class _LastLevel(nn.Module):
     "Layers on the last level of features, and the classifier"
     def __init__(self, layers, dim, n_classes, dropout):
         super().__init__()
-        self.layers,self.dropout,self.classify = layers,nn.Dropout2d(dropout),nn.Conv2d(dim, n_classes, 1)
+        self.layers, self.dropout, self.classify = layers, nn.Dropout2d(dropout), nn.Conv2d(dim, n_classes, 1)
 
     def forward(self, feats): return self.classify(self.dropout(self.layers(feats[-1])))
 
@@ -168,7 +168,7 @@ class MaskScores(nn.Module):
         n_classes:int,  # Classes to score
     ):
         super().__init__()
-        self.patch,self.token = nn.Linear(dim, dim, bias=False),nn.Linear(dim, dim, bias=False)
+        self.patch, self.token = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
         self.norm = nn.LayerNorm(n_classes)
         for l in (self.patch, self.token): nn.init.normal_(l.weight, std=dim**-.5)   # as released
 
@@ -176,9 +176,9 @@ class MaskScores(nn.Module):
         x:torch.Tensor,       # Patches, (B, dim, h, w)
         tokens:torch.Tensor,  # Class tokens, (B, n_classes, dim)
     )->torch.Tensor:          # Scores, (B, n_classes, h, w)
-        patches = F.normalize(self.patch(x.flatten(2).transpose(1,2)), dim=-1)
-        scores = self.norm(patches @ F.normalize(self.token(tokens), dim=-1).transpose(1,2))
-        return scores.transpose(1,2).unflatten(2, x.shape[-2:])
+        patches = F.normalize(self.patch(x.flatten(2).transpose(1, 2)), dim=-1)
+        scores = self.norm(patches @ F.normalize(self.token(tokens), dim=-1).transpose(1, 2))
+        return scores.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 # %% ../nbs/11_segmenters.ipynb #92bafc75
 class MaskTransformer(nn.Module):
@@ -201,12 +201,12 @@ class MaskTransformer(nn.Module):
         self.classify = MaskScores(dim, n_classes)
 
     def forward(self, feats):
-        size,n_classes = feats[-1].shape[-2:],self.tokens.shape[1]
-        x = self.project(feats[-1].flatten(2).transpose(1,2))
+        size, n_classes = feats[-1].shape[-2:], self.tokens.shape[1]
+        x = self.project(feats[-1].flatten(2).transpose(1, 2))
         x = torch.cat([x, self.tokens.expand(len(x), -1, -1)], 1)
         for block in self.blocks: x = block(x)
-        patches,tokens = self.norm(x).split([x.shape[1]-n_classes, n_classes], 1)
-        return self.classify(patches.transpose(1,2).unflatten(2, size), tokens)
+        patches, tokens = self.norm(x).split([x.shape[1]-n_classes, n_classes], 1)
+        return self.classify(patches.transpose(1, 2).unflatten(2, size), tokens)
 
 # %% ../nbs/11_segmenters.ipynb #5ae389b5
 class Segmenter(nn.Module):
@@ -224,12 +224,12 @@ class Segmenter(nn.Module):
         self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); never used in `forward`
 
     def forward(self, x):
-        h,w = x.shape[-2:]
-        below,right = -h%self.multiple,-w%self.multiple
+        h, w = x.shape[-2:]
+        below, right = -h%self.multiple, -w%self.multiple
         if below or right: x = F.pad(x, (0, right, 0, below))
         feats = self.backbone(x)
         # Swin and its kin give (B, h, w, c)
-        if getattr(self.backbone, 'output_fmt', None) == 'NHWC': feats = [f.permute(0,3,1,2) for f in feats]
+        if getattr(self.backbone, 'output_fmt', None) == 'NHWC': feats = [f.permute(0, 3, 1, 2) for f in feats]
         y = self.decoder(feats)
         # the scores cover the padded image: only at its own size can its part be cut out exactly
         return _resize(y, (h+below, w+right))[...,:h,:w] if below or right else y
@@ -253,18 +253,18 @@ def list_segmenters(
 # %% ../nbs/11_segmenters.ipynb #c307eb85
 def _split_name(name):
     "Decoder and backbone of a segmenter's name; an error that suggests near names"
-    decoder,_,backbone = name.partition('_')
+    decoder, _, backbone = name.partition('_')
     if decoder not in decoders or not timm.is_model(backbone):
         near = difflib.get_close_matches(name, list_segmenters(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `list_segmenters()`"
         raise ValueError(f"no segmenter {name!r}: names are '<decoder>_<timm model>' with a decoder of {list(decoders)}; {hint}")
     if decoder in _modules and not is_model_in_modules(backbone, _modules[decoder]):
         raise ValueError(f"no segmenter {name!r}: {decoder} takes models of timm's {', '.join(_modules[decoder])}, and {backbone} is none of them")
-    return decoder,backbone
+    return decoder, backbone
 
 def _pyramid(decoder, name, pretrained, **kw):
     "Levels of features at 1/4 and coarser; for DeepLabV3+ the first and the last of them"
-    if decoder == 'hrnet': kw = dict(feature_location='', out_indices=(1,2,3,4)) | kw
+    if decoder == 'hrnet': kw = dict(feature_location='', out_indices=(1, 2, 3, 4)) | kw
     if decoder == 'deeplabv3plus': kw = dict(output_stride=16) | kw
     if 'out_indices' in kw: return timm.create_model(name, pretrained, features_only=True, **kw)
     info = timm.create_model(name, features_only=True, **kw).feature_info
@@ -302,7 +302,7 @@ def create_segmenter(
     **kw,                   # To the backbone: `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`…
 )->Segmenter:               # In training mode
     "A segmenter by name"
-    decoder,backbone = _split_name(name)
+    decoder, backbone = _split_name(name)
     if pretrained and weights is not None: raise ValueError('give either pretrained=True or weights, not both')
     if decoder == 'linear' and decoder_dim is not None: raise ValueError(f'{name}: nothing in the linear decoder has decoder_dim={decoder_dim} channels')
     config = dict(name=name, n_classes=n_classes, decoder_dim=decoder_dim, dropout=dropout, **kw)
@@ -313,7 +313,7 @@ def create_segmenter(
     net = _backbone(decoder, backbone, pretrained or (weights is not None and not is_mit), **kw)
     if weights is not None and is_mit: mit.load_mit_weights(net, weights)
     stride = net.feature_info.reduction()[-1]
-    options = {k: v for k,v in dict(dim=decoder_dim, dropout=dropout).items() if v is not None}
+    options = {k: v for k, v in dict(dim=decoder_dim, dropout=dropout).items() if v is not None}
     if decoder == 'deeplabv3plus': options['stride'] = stride
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
     whole = decoder == 'hrnet' or is_model_in_modules(backbone, _vits)   # these need whole patches

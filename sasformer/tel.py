@@ -27,7 +27,7 @@ def soft_labels(
 )->Tensor:               # Y, (B, C, H, W)
     "Y = F_high(F_low(P)); gradients to `probs` and `high`"
     if low is None and high is None: raise ValueError("expected features for at least one tree, low or high")
-    for features,scale in ((None if low is None else low.detach(), sigma), (high, 1.)):
+    for features, scale in ((None if low is None else low.detach(), sigma), (high, 1.)):
         if features is None: continue
         d = grid_distances(features, backend)
         tree = tree_of(d, backend)
@@ -68,14 +68,14 @@ class TreeEnergyLoss(LossTerm):
     def __init__(self,
         weight:float=.4,             # λ
         sigma:float=.02,             # Squared colour distance at which the low-level affinity falls to 1/e
-        trees:tuple=('low','high'),  # Which trees
+        trees:tuple=('low', 'high'),  # Which trees
         channels:int=256,            # Of the embedding for the high-level tree
         start:float=0.,              # Share of the training before the term comes in
         warmup:float=0.,             # Share of the training over which the weight rises linearly from 0
     ):
         super().__init__(weight, start, warmup)
         if isinstance(trees, str): trees = (trees,)
-        if not trees or set(trees)-{'low','high'}: raise ValueError(f"trees={tuple(trees)}: expected 'low', 'high' or both")
+        if not trees or set(trees)-{'low', 'high'}: raise ValueError(f"trees={tuple(trees)}: expected 'low', 'high' or both")
         if sigma <= 0: raise ValueError(f"sigma={sigma}: expected more than 0")
         self.sigma, self.trees, self.channels = sigma, tuple(trees), channels
         self.auxiliary = 'tree' if 'high' in trees else None

@@ -51,7 +51,7 @@ def plot_curves(
     names = [('losses', ['train_loss', 'valid_loss']), ('added terms', terms), ('validation', ['miou', 'pixel_accuracy'])]
     names = [(title, keys) for title,keys in names if keys]
     fig, axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 2.8), dpi=80, layout='constrained')
-    for ax,(title,keys) in zip(axs, names):
+    for ax, (title, keys) in zip(axs, names):
         for k in keys:
             points = [(r['epoch'], r[k]) for r in rows if r.get(k) is not None]
             if points: ax.plot(*zip(*points), '.-', label=k)
@@ -74,7 +74,7 @@ def example_sheet(
         x = learn.dls.valid.after_batch(x)[0].to(learn.dls.device)
         pred = predict_logits(learn.model.eval(), x.as_subclass(torch.Tensor)).argmax(1)[0].cpu().numpy().astype(np.uint8)
         rows.append((np.asarray(image), mask, pred))
-    return show_rows(rows, ('image','mask','prediction'), ds.src)
+    return show_rows(rows, ('image', 'mask', 'prediction'), ds.src)
 
 # %% ../nbs/60_train.ipynb #7f9caf79
 def run_progress(
@@ -100,11 +100,11 @@ class ShowRuns:
         now = time.time()
         if now-self.said < (1. if self.live else self.every): return
         self.said = now
-        done = {name: run_progress(log) for name,log in logs.items()}
-        for name,d in done.items(): self.first.setdefault(name, (now, d))
-        if self.live: text = '  '.join(f"{name} {'█'*int(10*d)}{'░'*(10-int(10*d))} {100*d:.0f} %" for name,d in done.items())
-        else: text = ', '.join(f'{name} {100*d:.0f} %' for name,d in done.items())
-        left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n,(t,d) in self.first.items() if n in done]
+        done = {name: run_progress(log) for name, log in logs.items()}
+        for name, d in done.items(): self.first.setdefault(name, (now, d))
+        if self.live: text = '  '.join(f"{name} {'█'*int(10*d)}{'░'*(10-int(10*d))} {100*d:.0f} %" for name, d in done.items())
+        else: text = ', '.join(f'{name} {100*d:.0f} %' for name, d in done.items())
+        left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n,(t, d) in self.first.items() if n in done]
         if left and None not in left: text += f'; about {clock(max(left))} left'
         elif not any(done.values()): text += f'; starting, {now-self.began:.0f} s'
         print(f'\r{text:<78}' if self.live else text, end='' if self.live else '\n', flush=True)
@@ -147,7 +147,7 @@ def train(
     r.run(learn)
     if not first: return None
     with alive('drawing curves and examples'):
-        for name,fig in (('curves', plot_curves(learn.run_folder.rows)), ('examples', example_sheet(learn))):
+        for name, fig in (('curves', plot_curves(learn.run_folder.rows)), ('examples', example_sheet(learn))):
             with replacing(out/f'{name}.png') as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
             plt.close(fig)
     return json.loads((out/'result.json').read_text())
@@ -157,9 +157,9 @@ def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
     o = vars(p.parse_args(args))
-    name, out, resume, tensorboard, device, show = (o.pop(k) for k in ('recipe','out','resume','tensorboard','device','list'))
+    name, out, resume, tensorboard, device, show = (o.pop(k) for k in ('recipe', 'out', 'resume', 'tensorboard', 'device', 'list'))
     if show:
-        for k,v in RECIPES.items(): print(f"{k}: "+', '.join(f'{a}={b}' for a,b in v.items()))
+        for k, v in RECIPES.items(): print(f"{k}: "+', '.join(f'{a}={b}' for a, b in v.items()))
         return
     try:
         name = name or (o.get('data', 'scenes') if o.get('data', 'scenes') in RECIPES else None)
@@ -181,4 +181,4 @@ def main(args=None):
     if result: print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) in {result['seconds']:.0f} s; see {out}")
 
 # %% ../nbs/60_train.ipynb #f9d09306
-if __name__=='__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
+if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

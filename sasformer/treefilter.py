@@ -25,7 +25,7 @@ def each_image(kernel, *tensors):
     "Runs `kernel` on the arrays of each image of a batch"
     arrays = [t.detach().numpy() for t in tensors]
     n = min(torch.get_num_threads(), len(arrays[0]))
-    if n<2: return [kernel(*o) for o in zip(*arrays)]
+    if n < 2: return [kernel(*o) for o in zip(*arrays)]
     with ThreadPoolExecutor(n) as pool: return list(pool.map(kernel, *arrays))
 
 # %% ../nbs/07_treefilter.ipynb #8c9213f4
@@ -37,7 +37,7 @@ def _distances_last(f, d):   # (H, W, C) → (2, H, W)
             for way in range(2):
                 y2, x2 = y+way, x+1-way
                 s = d.dtype.type(0)
-                if y2<H and x2<W:
+                if y2 < H and x2 < W:
                     for c in range(C): s += (f[y,x,c]-f[y2,x2,c])**2
                 d[way,y,x] = s
 
@@ -48,10 +48,10 @@ def _distances_last_back(f, g, out):   # (H, W, C), (2, H, W) → (H, W, C)
         for x in range(W):
             a, o = f[y,x], out[y,x]
             o[:] = 0
-            for y2,x2 in ((y,x+1), (y+1,x), (y,x-1), (y-1,x)):
-                if y2<0 or y2>=H or x2<0 or x2>=W: continue
-                t = 2*g[abs(y2-y),min(y,y2),min(x,x2)]
-                if t==0: continue   # half of the edges are not in the tree
+            for y2, x2 in ((y, x+1), (y+1, x), (y, x-1), (y-1, x)):
+                if y2 < 0 or y2 >= H or x2 < 0 or x2 >= W: continue
+                t = 2*g[abs(y2-y),min(y, y2),min(x, x2)]
+                if t == 0: continue   # half of the edges are not in the tree
                 b = f[y2,x2]
                 for c in range(C): o[c] += t*(a[c]-b[c])
 
@@ -63,7 +63,7 @@ def _distances_first(f, d):   # (C, H, W) → (2, H, W)
     for y in range(H):
         right, down = d[0,y], d[1,y]
         for c in range(C):
-            a, b = f[c,y], f[c,min(y+1,H-1)]   # in the last row a - b = 0
+            a, b = f[c,y], f[c,min(y+1, H-1)]   # in the last row a - b = 0
             for x in range(W-1): right[x] += (a[x]-a[x+1])**2
             for x in range(W): down[x] += (a[x]-b[x])**2
 
@@ -72,8 +72,8 @@ def _distances_first_back(f, g, out):   # (C, H, W), (2, H, W) → (C, H, W)
     C, H, W = f.shape
     for c in range(C):
         for y in range(H):
-            o, a, above, below = out[c,y], f[c,y], f[c,max(y-1,0)], f[c,min(y+1,H-1)]
-            right, up, down = g[0,y], g[1,max(y-1,0)], g[1,y]
+            o, a, above, below = out[c,y], f[c,y], f[c,max(y-1, 0)], f[c,min(y+1, H-1)]
+            right, up, down = g[0,y], g[1,max(y-1, 0)], g[1,y]
             for x in range(W): o[x] = 2*(up[x]*(a[x]-above[x]) + down[x]*(a[x]-below[x]))
             for x in range(W-1): o[x] += 2*right[x]*(a[x]-a[x+1])
             for x in range(W-1): o[x+1] -= 2*right[x]*(a[x]-a[x+1])
@@ -86,29 +86,29 @@ class _GridDistances(torch.autograd.Function):
         if not ctx.last: f = f.contiguous()
         ctx.save_for_backward(f)
         d = f.new_empty(len(f), 2, *f.shape[2:])
-        each_image(*((_distances_last, f.permute(0,2,3,1)) if ctx.last else (_distances_first, f)), d)
+        each_image(*((_distances_last, f.permute(0, 2, 3, 1)) if ctx.last else (_distances_first, f)), d)
         return d
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         f, = ctx.saved_tensors
-        g, rows = g.contiguous(), f.permute(0,2,3,1) if ctx.last else f
+        g, rows = g.contiguous(), f.permute(0, 2, 3, 1) if ctx.last else f
         # NumPy asks for huge pages, and PyTorch does not: for features of 134 MB that halves the time
         out = torch.from_numpy(np.empty(rows.shape, rows.detach().numpy().dtype))
         each_image(_distances_last_back if ctx.last else _distances_first_back, rows, g, out)
-        return out.permute(0,3,1,2) if ctx.last else out
+        return out.permute(0, 3, 1, 2) if ctx.last else out
 
 def _distances_torch(f):
     right, down = (f[...,1:]-f[...,:-1]).square().sum(1), (f[...,1:,:]-f[...,:-1,:]).square().sum(1)
-    return torch.stack([F.pad(right, (0,1)), F.pad(down, (0,0,0,1))], 1)
+    return torch.stack([F.pad(right, (0, 1)), F.pad(down, (0, 0, 0, 1))], 1)
 
 # %% ../nbs/07_treefilter.ipynb #561f3562
 def _backend(t, backend):
     "What computes on the device of `t`"
-    chosen = backend or ('numba' if t.device.type=='cpu' else 'torch')
+    chosen = backend or ('numba' if t.device.type == 'cpu' else 'torch')
     if chosen not in ('numba', 'torch'): raise ValueError(f"backend={backend!r}: expected 'numba', 'torch' or None")
-    if chosen=='numba' and t.device.type!='cpu': raise ValueError(f"backend='numba' computes on the CPU, and the tensor is on {t.device}")
+    if chosen == 'numba' and t.device.type != 'cpu': raise ValueError(f"backend='numba' computes on the CPU, and the tensor is on {t.device}")
     return chosen
 
 def grid_distances(
@@ -116,11 +116,11 @@ def grid_distances(
     backend:str=None  # 'numba' (CPU), 'torch' (any device); None: numba on a CPU, else torch
 )->Tensor:            # (B, 2, H, W): squared distance to the right and to the lower neighbour; 0 where there is none
     "Weights of the edges of a 4-connected grid, in float32 or float64, differentiable"
-    if not isinstance(features, Tensor) or features.ndim!=4 or 0 in features.shape:
+    if not isinstance(features, Tensor) or features.ndim != 4 or 0 in features.shape:
         what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"expected one tensor of features for images of equal size, (B, C, H, W), and got {what}")
-    f = features if features.dtype==torch.float64 else features.float()
-    d = _GridDistances.apply(f) if _backend(f, backend)=='numba' else _distances_torch(f)
+    f = features if features.dtype == torch.float64 else features.float()
+    d = _GridDistances.apply(f) if _backend(f, backend) == 'numba' else _distances_torch(f)
     finite = d.detach().flatten(1).isfinite().all(1)
     if not finite.all():
         bad = finite.logical_not().nonzero()[0].item()
@@ -140,7 +140,7 @@ class Tree(NamedTuple):
         n:int,     # How often
     )->'Tree':     # `n` times the batch
         "Each image's tree `n` times in a row, for filters with groups"
-        return self._replace(**{k: getattr(self, k).repeat_interleave(n, 0) for k in ('order','parent','edge')})
+        return self._replace(**{k: getattr(self, k).repeat_interleave(n, 0) for k in ('order', 'parent', 'edge')})
 
 # %% ../nbs/07_treefilter.ipynb #75915a52
 @compiled
@@ -155,18 +155,18 @@ def _boruvka(d, taken):   # (2, H, W) → (2·H·W,) bool
     while n:
         for j in range(n):
             for c in (u[j], v[j]):
-                if best[c]<0 or w[edge[j]]<w[edge[best[c]]]: best[c] = j
+                if best[c] < 0 or w[edge[j]] < w[edge[best[c]]]: best[c] = j
         for i in range(N):
-            if best[i]<0: continue
+            if best[i] < 0: continue
             a, b = u[best[i]], v[best[i]]
-            while join[a]!=a: a = join[a]
-            while join[b]!=b: b = join[b]
-            if a!=b: join[max(a,b)] = min(a,b); taken[edge[best[i]]] = True
+            while join[a] != a: a = join[a]
+            while join[b] != b: b = join[b]
+            if a != b: join[max(a, b)] = min(a, b); taken[edge[best[i]]] = True
         for i in range(N): best[i], join[i] = -1, join[join[i]]   # smaller labels are final already
         m = 0
         for j in range(n):
             a, b = join[u[j]], join[v[j]]
-            if a!=b: edge[m], u[m], v[m] = edge[j], a, b; m += 1
+            if a != b: edge[m], u[m], v[m] = edge[j], a, b; m += 1
         n = m
 
 # %% ../nbs/07_treefilter.ipynb #76f16090
@@ -179,10 +179,10 @@ def _breadth_first(taken, H, W, order, parent, edge):
         i = order[k]
         came, x = edge[k] if k else -1, i%W
         for way in range(4):   # right, down, left, up
-            if (way==0 and x==W-1) or (way==1 and i>=N-W) or (way==2 and x==0) or (way==3 and i<W): continue
+            if (way == 0 and x == W-1) or (way == 1 and i >= N-W) or (way == 2 and x == 0) or (way == 3 and i < W): continue
             j = i+(1, W, -1, -W)[way]
-            e = min(i,j)+(N if way%2 else 0)
-            if taken[e] and e!=came:
+            e = min(i, j)+(N if way%2 else 0)
+            if taken[e] and e != came:
                 order[end], parent[end], edge[end], depth[end] = j, k, e, depth[k]+1
                 end += 1
     return depth[N-1]
@@ -202,7 +202,7 @@ def _tree_numba(d):
 def _boruvka_torch(d):   # (B, 2, H, W) → (B, 2·N) bool
     B, _, H, W = d.shape
     N, i = H*W, torch.arange(H*W, device=d.device)
-    real = torch.cat([i%W<W-1, i<N-W])
+    real = torch.cat([i%W < W-1, i < N-W])
     u = i.repeat(2)
     v = torch.cat([i+1, i+W]).where(real, u)
     by_rank = d.flatten(1).argsort(dim=1, stable=True)
@@ -211,12 +211,12 @@ def _boruvka_torch(d):   # (B, 2, H, W) → (B, 2·N) bool
     rounds = (N-1).bit_length()
     for r in range(rounds):
         a, b = label[:,u], label[:,v]
-        key = rank.where(a!=b, 2*N)
+        key = rank.where(a != b, 2*N)
         best = torch.full_like(label, 2*N).scatter_reduce(1, a, key, 'amin').scatter_reduce(1, b, key, 'amin')
         e = by_rank.gather(1, best.clamp_max(2*N-1))
-        taken.scatter_(1, e.where(best<2*N, 2*N), True)   # the last entry: components that are done
-        join = (a.gather(1, e)+b.gather(1, e)-i).where(best<2*N, i)   # the end of `e` that is not in component i
-        join = i.where((join.gather(1, join)==i) & (i<join), join)
+        taken.scatter_(1, e.where(best < 2*N, 2*N), True)   # the last entry: components that are done
+        join = (a.gather(1, e)+b.gather(1, e)-i).where(best < 2*N, i)   # the end of `e` that is not in component i
+        join = i.where((join.gather(1, join) == i) & (i < join), join)
         for _ in range(rounds-r): join = join.gather(1, join)
         label = join.gather(1, label)
     return taken[:,:-1]
@@ -226,17 +226,17 @@ def _root_torch(taken, H, W):   # (B, 2·N) bool → Tree
     B, N, device = len(taken), H*W, taken.device
     i, ways = torch.arange(N, device=device), torch.arange(4, device=device)   # right, down, left, up
     right, down = taken.view(B, 2, H, W).unbind(1)
-    on = torch.stack([right, down, F.pad(right, (1,0))[...,:-1], F.pad(down, (0,0,1,0))[:,:-1]], -1).view(B, N, 4)
+    on = torch.stack([right, down, F.pad(right, (1, 0))[...,:-1], F.pad(down, (0, 0, 1, 0))[:,:-1]], -1).view(B, N, 4)
     turn = ways.expand(B, N, 4)   # way out after coming in by a way: the next that is an edge, at last the same
-    for s in (3,2,1): turn = torch.where(on.roll(-s, -1), (ways+s)%4, turn)
+    for s in (3, 2, 1): turn = torch.where(on.roll(-s, -1), (ways+s)%4, turn)
     to = (i[:,None]+torch.tensor([1, W, -1, -W], device=device)).clamp(0, N-1)
     reverse, on, slot = (4*to+(ways+2)%4).flatten(), on.flatten(1), torch.arange(4*N, device=device)   # a slot: pixel and way
     follow = torch.where(on, 4*to.flatten()+turn.flatten(1)[:,reverse], slot)
-    follow = torch.where(follow==turn[:,0,3:], slot, follow)   # the tour starts at pixel 0, and ends where it would start again
-    left = (follow!=slot).long()                               # steps to the end
+    follow = torch.where(follow == turn[:,0,3:], slot, follow)   # the tour starts at pixel 0, and ends where it would start again
+    left = (follow != slot).long()                               # steps to the end
     for _ in range((2*N).bit_length()): left, follow = left+left.gather(1, follow), follow.gather(1, follow)
     rank = (2*N-3-left).clamp_min(0)
-    away = rank<rank[:,reverse]
+    away = rank < rank[:,reverse]
     depth = torch.zeros(B, 2*N, dtype=torch.int64, device=device).scatter_(1, rank.where(on, 2*N-1), torch.where(away, 1, -1)).cumsum(1)
     home = (on&~away).view(B, N, 4).long().argmax(-1)          # way to the parent
     depth = depth.gather(1, rank.gather(1, 4*i+home))+1
@@ -255,7 +255,7 @@ def tree_of(
 )->Tree:
     "Minimum spanning trees of grids with the given edge weights; no gradient"
     d = distances.detach()
-    if _backend(d, backend)=='numba': return _tree_numba(d)
+    if _backend(d, backend) == 'numba': return _tree_numba(d)
     return _root_torch(_boruvka_torch(d), *d.shape[2:])
 
 def minimum_spanning_tree(
@@ -278,7 +278,7 @@ def affinity_to_parent(
 )->Tensor:             # (B, N), in the tree's order; the root's is 0
     "Affinity of each pixel to its parent, from the weights of all edges"
     _check_size(distances, tree)
-    return F.pad(torch.exp(-distances.flatten(1).gather(1, tree.edge[:,1:])/sigma), (1,0))
+    return F.pad(torch.exp(-distances.flatten(1).gather(1, tree.edge[:,1:])/sigma), (1, 0))
 
 def edge_affinity(
     features:Tensor,   # (B, C, H, W)
@@ -340,14 +340,14 @@ def _passes_torch(x, w, tree):   # (B, N, C), in the tree's order → a, z
     for _ in range(tree.rounds):
         jumps.append((p[...,None].expand_as(x), v[...,None]))
         v, p = v*v.gather(1, p), p.gather(1, p)
-    for i,v in jumps: x = x.scatter_add(1, i, v*x)
+    for i, v in jumps: x = x.scatter_add(1, i, v*x)
     z = ((1-w)*(1+w))[...,None]*x
-    for i,v in jumps: z = z+v*z.gather(1, i)
+    for i, v in jumps: z = z+v*z.gather(1, i)
     return x, z
 
 def _filter_torch(x, w, tree):
     order = tree.order[...,None].expand_as(x)
-    a, z = _passes_torch(F.pad(x.gather(1, order), (0,1), value=1.), w, tree)
+    a, z = _passes_torch(F.pad(x.gather(1, order), (0, 1), value=1.), w, tree)
     return torch.empty_like(x).scatter_(1, order, z[...,:-1]/z[...,-1:]), a, z
 
 def _filter_back_torch(g, y, a, z, w, tree):
@@ -364,7 +364,7 @@ class _TreeFilter(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, tree, backend):   # x: (B, N, C), by pixel
         ctx.tree, ctx.backend = tree, backend
-        if backend=='torch': y, a, z = _filter_torch(x, w, tree)
+        if backend == 'torch': y, a, z = _filter_torch(x, w, tree)
         else:
             B, N, C = x.shape
             y, a, z = torch.empty_like(x), x.new_empty(B, N, C+1), x.new_empty(B, N, C+1)
@@ -377,7 +377,7 @@ class _TreeFilter(torch.autograd.Function):
     def backward(ctx, g):
         y, a, z, w = ctx.saved_tensors
         tree, g = ctx.tree, g.contiguous()
-        if ctx.backend=='torch': return *_filter_back_torch(g, y, a, z, w, tree), None, None
+        if ctx.backend == 'torch': return *_filter_back_torch(g, y, a, z, w, tree), None, None
         gx, gw = torch.empty_like(g), torch.empty_like(w)
         each_image(_filter_back, g, y, a, z, w, tree.order, tree.parent, torch.empty_like(a), torch.empty_like(z), gx, gw)
         return gx, gw, None, None
@@ -394,6 +394,6 @@ def tree_filter(
     if weight_to_parent.shape != tree.order.shape:
         raise ValueError(f"weights of {tuple(weight_to_parent.shape)}: expected {tuple(tree.order.shape)}, one for each pixel of each tree")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight_to_parent.dtype), torch.float32)
-    rows = x.to(dtype).flatten(2).transpose(1,2).contiguous()   # the channels of a pixel side by side
+    rows = x.to(dtype).flatten(2).transpose(1, 2).contiguous()   # the channels of a pixel side by side
     y = _TreeFilter.apply(rows, weight_to_parent.to(dtype).contiguous(), tree, _backend(x, backend))
-    return y.unflatten(1, tree.size).permute(0,3,1,2)
+    return y.unflatten(1, tree.size).permute(0, 3, 1, 2)

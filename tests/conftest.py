@@ -26,5 +26,5 @@ def rounding(b, exact, times=10):
 class KeepPrecision(TorchFunctionMode):
     "transformers makes each softmax in float32; here it stays in the precision of its input"
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.softmax: kwargs = {n: a for n,a in kwargs.items() if n != 'dtype'}
+        if func is torch.nn.functional.softmax: kwargs = {n: a for n, a in kwargs.items() if n != 'dtype'}
         return func(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ def random_mask(seed, shape=(60, 80), n=4, void=.1):
 
 def saved(array, mode=None, format='PNG', **kwargs):
     "An image file in memory"
-    image,file = Image.fromarray(array),io.BytesIO()
+    image, file = Image.fromarray(array), io.BytesIO()
     (image.convert(mode) if mode else image).save(file, format=format, **kwargs)
     file.seek(0)
     return file
@@ -45,7 +45,7 @@ def test_palette_of_few_bits_keeps_its_ids(bits):
 
 def test_grey_of_few_bits_is_not_stretched():
     chunk = lambda kind, data: len(data).to_bytes(4, 'big') + kind + data + zlib.crc32(kind + data).to_bytes(4, 'big')
-    for bits,row,ids in ((4, b'\x01\x2f', [0, 1, 2, 15]), (2, b'\x1b', [0, 1, 2, 3])):  # written by hand: Pillow does not write these
+    for bits, row, ids in ((4, b'\x01\x2f', [0, 1, 2, 15]), (2, b'\x1b', [0, 1, 2, 3])):  # written by hand: Pillow does not write these
         header = b'\0\0\0\4\0\0\0\1' + bytes([bits, 0, 0, 0, 0])
         png = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'\0' + row)) + chunk(b'IEND', b'')
         assert read_label_map(io.BytesIO(png), name='mask').tolist() == [ids]
@@ -96,7 +96,7 @@ def test_lines_are_as_wide_as_said(width):
         xy = rng.integers(0, (40, 30), (4, 2))
         drawn = draw_lines([(1, xy)], (30, 40), width) == 1
         p = np.stack(np.meshgrid(np.arange(40), np.arange(30)), -1)[:, :, None]
-        a,b = xy[:-1],xy[1:]
+        a, b = xy[:-1], xy[1:]
         t = (((p - a)*(b - a)).sum(-1) / np.maximum(((b - a)**2).sum(-1), 1)).clip(0, 1)[..., None]
         d = np.linalg.norm(p - (a + t*(b - a)), axis=-1).min(-1)
         assert drawn[d <= width/2 - .51].all() and not drawn[d > width/2 + .51].any()
@@ -139,14 +139,14 @@ def test_voc_points_complete(data_dir):
         try: labels = strict.label_map(id, (500, 500), n_classes=21)
         except AnnotationError as e:
             assert id in str(e)
-            outside,labels = outside + 1,points.label_map(id, (500, 500), n_classes=21)
+            outside, labels = outside + 1, points.label_map(id, (500, 500), n_classes=21)
         assert points.points(id) and (labels < PADDING).any()
     assert 0 < outside < 60
 
 # Scribbles
 
 def xml(tag='cat', points=((1, 1), (5, 4)), size=(8, 6)):
-    points = ''.join(f'<point><X>{x}</X><Y>{y}</Y></point>' for x,y in points)
+    points = ''.join(f'<point><X>{x}</X><Y>{y}</Y></point>' for x, y in points)
     return f'<annotation><size><width>{size[0]}</width><height>{size[1]}</height></size><polygon><tag>{tag}</tag>{points}</polygon></annotation>'
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def test_zip_is_read_in_memory(archive):
     assert [p.name for p in archive.parent.iterdir()] == ['s.zip'] and not (archive.parent.parent/'evil.xml').exists()
 
 def _count(scribbles): return [int((scribbles.label_map('a') == 8).sum()) for _ in range(20)]
-def _inherited(_): return _count(INHERITED),INHERITED._zip[0] == os.getpid()
+def _inherited(_): return _count(INHERITED), INHERITED._zip[0] == os.getpid()
 
 def test_zip_in_several_processes(archive):
     global INHERITED
@@ -228,9 +228,9 @@ def test_shorter_and_fewer_are_parts():
     for seed in range(4):
         mask = random_mask(seed)
         maps = [simulate_scribbles(mask, seed, length=l, drop=d) for l,d in ((1, 0), (.6, 0), (.6, .3), (.2, .3), (0, .3), (0, .8))]
-        for more,fewer in zip(maps, maps[1:]): assert ((fewer == more) | (fewer == UNLABELLED)).all()
+        for more, fewer in zip(maps, maps[1:]): assert ((fewer == more) | (fewer == UNLABELLED)).all()
         assert (simulate_scribbles(mask, drop=1) == UNLABELLED).all()
-        full,half = (simulate_scribbles(mask, width=1, length=l) < PADDING for l in (1, .5))
+        full, half = (simulate_scribbles(mask, width=1, length=l) < PADDING for l in (1, .5))
         assert .4 < half.sum()/full.sum() < .6
 
 def test_centre_line_is_unbroken_and_inside():
@@ -256,8 +256,8 @@ def test_blocks_hit_their_share(shape):
 
 def test_blocks_are_whole_squares():
     labelled = simulate_blocks(np.zeros((50, 70), np.uint8), 1, .3, size=10) < PADDING
-    rows,cols = np.nonzero(labelled)
-    y,x = rows.min() % 10,cols.min() % 10
+    rows, cols = np.nonzero(labelled)
+    y, x = rows.min() % 10, cols.min() % 10
     cells = labelled[y:y + (50 - y)//10*10, x:x + (70 - x)//10*10]
     cells = cells.reshape(cells.shape[0]//10, 10, -1, 10).sum((1, 3))
     assert set(np.unique(cells)) == {0, 100} and cells.sum() == labelled.sum()

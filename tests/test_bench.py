@@ -22,42 +22,42 @@ def run(tmp_path, *args):
 def test_variants_take_turns():
     calls = []
     times = alternate({n: lambda n=n: calls.append(n) for n in 'abc'}, 3, 1)
-    assert len(calls)==12 and [sorted(calls[i:i+3]) for i in range(0, 12, 3)]==[list('abc')]*4
-    assert len({tuple(calls[i:i+3]) for i in range(0, 9, 3)})==3   # each order once
-    assert {n: len(t) for n,t in times.items()}==dict(a=3, b=3, c=3)
+    assert len(calls) == 12 and [sorted(calls[i:i+3]) for i in range(0, 12, 3)] == [list('abc')]*4
+    assert len({tuple(calls[i:i+3]) for i in range(0, 9, 3)}) == 3   # each order once
+    assert {n: len(t) for n, t in times.items()} == dict(a=3, b=3, c=3)
 
 
 def test_ratio_within_rounds():
-    times = dict(base=[(1.,1.,{}), (10.,1.,{}), (2.,1.,{})], double=[(2.,3.,{}), (20.,3.,{}), (4.,3.,{})])
+    times = dict(base=[(1., 1., {}), (10., 1., {}), (2., 1., {})], double=[(2., 3., {}), (20., 3., {}), (4., 3., {})])
     s = summary(times)
-    assert s['double']['ratio']==2 and s['double']['cpu_ratio']==3 and s['base']['ms']==2000
+    assert s['double']['ratio'] == 2 and s['double']['cpu_ratio'] == 3 and s['base']['ms'] == 2000
 
 
 def test_step(tmp_path):
     r = run(tmp_path, 'step', '--size', 64, '--batch', 2, '--classes', 4, '--steps', 2, '--variants', 'bare', 'affinity', 'sampled')
-    assert list(r['rows'])==['bare', 'affinity', 'sampled'] and r['settings']['last_stride']==1
-    for v in r['rows'].values(): assert v['ms']>0 and v['peak_mb']>100 and v['share_of_peak']>0
-    assert r['rows']['bare']['ratio']==1 and r['environment']['threads']==1
+    assert list(r['rows']) == ['bare', 'affinity', 'sampled'] and r['settings']['last_stride'] == 1
+    for v in r['rows'].values(): assert v['ms'] > 0 and v['peak_mb'] > 100 and v['share_of_peak'] > 0
+    assert r['rows']['bare']['ratio'] == 1 and r['environment']['threads'] == 1
 
 
 def test_loader_and_predict(tmp_path):
     r = run(tmp_path, 'loader', '--images', 16, '--repeats', 1)
-    assert all(v['images_per_second']>0 for v in r['rows'].values()) and len(r['rows'])==4
+    assert all(v['images_per_second'] > 0 for v in r['rows'].values()) and len(r['rows']) == 4
     pytest.importorskip('transformers')
     r = run(tmp_path, 'predict', '--images', 2, '--repeats', 1)
-    assert r['equal_pixels']>.999 and set(r['rows'])=={'transformers', 'ours', 'ours, bf16'}
+    assert r['equal_pixels'] > .999 and set(r['rows']) == {'transformers', 'ours', 'ours, bf16'}
 
 
 def test_naive(tmp_path):
     r = run(tmp_path, 'naive', '--size', 64, '--batch', 4, '--steps', 3)
     a, b = (np.array(r['curves'][n]) for n in ('plain', 'ours'))
-    assert len(a)==5 and np.abs(a-b).max()<.1
-    assert list(r['rows'])==['decoder as written', 'plain', 'ours'] and np.abs(a-r['curves']['decoder as written']).max()<1e-3
+    assert len(a) == 5 and np.abs(a-b).max() < .1
+    assert list(r['rows']) == ['decoder as written', 'plain', 'ours'] and np.abs(a-r['curves']['decoder as written']).max() < 1e-3
 
 
 def test_tree(tmp_path):
     r = run(tmp_path, 'tree', '--size', 64, '--batch', 1, '--classes', 3, '--channels', 8, '--tree_size', 16, '--tree_batch', 2, '--steps', 1)
-    assert r['share_of_step']>0 and 'tree energy' in r['rows']
+    assert r['share_of_step'] > 0 and 'tree energy' in r['rows']
 
 
 def test_one_at_a_time_is_multi_scale():
@@ -69,16 +69,16 @@ def test_one_at_a_time_is_multi_scale():
 
 
 def test_peaks():
-    assert matmul_peak(n=64)>1e6
+    assert matmul_peak(n=64) > 1e6
     code = "import numpy as np; from sasformer.measure import resident_peak; a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)"
     grown = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
-    assert 370<grown<450   # 400 MB
+    assert 370 < grown < 450   # 400 MB
 
 
 def test_help(capsys):
     for command in ('step', 'loader', 'predict', 'evaluate', 'naive', 'tree'):
         with pytest.raises(SystemExit) as e: bench_parser().parse_args([command, '--help'])
-        assert e.value.code==0 and '--out' in capsys.readouterr().out
+        assert e.value.code == 0 and '--out' in capsys.readouterr().out
 
 
 def test_the_programs_keep_freed_memory(monkeypatch, tmp_path):

@@ -14,8 +14,8 @@ PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_pr
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A data set in the layout of `folder`: 8 + 4 small scenes"
-    path,src = tmp_path_factory.mktemp('data')/'set',scenes(n_train=8, n_val=4, size=64)
-    for split,ids in src.splits.items():
+    path, src = tmp_path_factory.mktemp('data')/'set', scenes(n_train=8, n_val=4, size=64)
+    for split, ids in src.splits.items():
         for d in ('images', 'masks'): (path/d/split).mkdir(parents=True)
         for i in ids:
             src.image(i).save(path/'images'/split/f'{i}.png')
@@ -35,7 +35,7 @@ def run(home):
 @pytest.fixture
 def photos(tmp_path):
     "Images as they come: grey, transparent, turned, with a palette, with 16 bits, tiny"
-    path,rng = tmp_path/'photos',np.random.default_rng(0)
+    path, rng = tmp_path/'photos', np.random.default_rng(0)
     path.mkdir()
     rgb = Image.fromarray(rng.integers(0, 255, (40, 60, 3), np.uint8))
     rgb.convert('L').save(path/'grey.png')
@@ -56,7 +56,7 @@ def fails(main, args, capsys, *words):
     "The program ends with status 2 and one line that holds the words"
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: main([str(a) for a in args])
-    out,err = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert e.value.code == 2 and err.count('\n') == 1 and err.startswith('sasformer_') and ': error: ' in err, err + out
     assert not out or out.count('\n') == 1 and ' on cpu, ' in out, out   # at most the line that says on what it computes
     for w in words: assert str(w) in err, err
@@ -116,7 +116,7 @@ def test_entry_points_exist():
     c = configparser.ConfigParser()
     c.read(Path(train.__file__).parents[1]/'settings.ini')
     for line in c['DEFAULT']['console_scripts'].split():
-        module,name = line.partition('=')[2].split(':')
+        module, name = line.partition('=')[2].split(':')
         assert callable(getattr(importlib.import_module(module), name)), line
 
 
@@ -128,7 +128,7 @@ def test_eval(run, home, tmp_path, capsys):
     from sasformer.learner import load_segmenter
     out = tmp_path/'new'/'eval.json'
     evaluate.main([str(run), '--out', str(out)])
-    text,r = capsys.readouterr().out,json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+    text, r = capsys.readouterr().out, json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
     cm = by_hand(load_segmenter(run), folder(home), progress=False)
     assert r['miou'] == cm.miou and r['pixel_accuracy'] == cm.pixel_accuracy and r['mean_accuracy'] == cm.mean_accuracy
     assert (r['data'], r['split'], r['images'], r['scales']) == ('folder', 'val', 4, [1.])
@@ -148,7 +148,7 @@ def test_eval_options_reach_the_model(run, home, tmp_path):
 
 
 def test_eval_faults(run, home, tmp_path, capsys):
-    before,new = files(home.parent),tmp_path/'new.json'
+    before, new = files(home.parent), tmp_path/'new.json'
     def bad(args, *words): fails(evaluate.main, [*args, '--out', new], capsys, *words)
     bad([run, '--scales', '1,0'], '--scales', '1,0')
     bad([run, '--window', '7'], '--window', '7')
@@ -172,7 +172,7 @@ def test_eval_of_another_models_files(run, home, tmp_path, capsys):
     def bad(*words): fails(evaluate.main, [tmp_path, '--data', 'folder', '--path', home], capsys, *words)
     (tmp_path/'best.safetensors').write_bytes((run/'best.safetensors').read_bytes())
     meta = json.loads((run/'model.json').read_text())
-    for wrong,word in (('{}', 'model.json'), ('[', 'model.json')):
+    for wrong, word in (('{}', 'model.json'), ('[', 'model.json')):
         (tmp_path/'model.json').write_text(wrong)
         bad(word)
     (tmp_path/'model.json').write_text(json.dumps(dict(meta, classes=['sky', *meta['classes'][1:]])))
@@ -256,7 +256,7 @@ def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
     (tmp_path/'masks/val').symlink_to(home/'masks/val')        # the training images have tags and nothing else
     labels.main(f'tags --data folder --path {home} --out {tmp_path}/tags.csv'.split())
     assert 'tags of 12 images' in capsys.readouterr().out
-    src,masks = get_source('folder', tmp_path).check(read=True),folder(home)
+    src, masks = get_source('folder', tmp_path).check(read=True), folder(home)
     assert all(src.tags(i) == masks.tags(i) for i in src.images)
     labels.main(f'stats --data folder --path {tmp_path} --annotation tag --out {tmp_path}/counts'.split())
     text = capsys.readouterr().out
@@ -272,7 +272,7 @@ def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
 def test_simulated_without_novel_classes(home, tmp_path):
     labels.main(['simulate', '--annotation', 'dense:novel=plain ring', '--data', 'folder', '--path', str(home), '--out', str(tmp_path/'dense')])
     for i in folder(home).splits['train']:
-        mask,written = folder(home).mask(i),read_label_map(tmp_path/'dense'/f'{i}.png')
+        mask, written = folder(home).mask(i), read_label_map(tmp_path/'dense'/f'{i}.png')
         assert (written == np.where(mask == 5, 255, mask)).all()
 
 
@@ -289,7 +289,7 @@ def test_faults_of_tags(home, tmp_path, capsys):
 
 
 def test_simulate_faults(home, tmp_path, capsys):
-    new,before = tmp_path/'new',files(home)
+    new, before = tmp_path/'new', files(home)
     def bad(args, *words): fails(labels.main, ['simulate', *args, '--out', new], capsys, *words)
     bad([], '--data', '--masks')
     bad(['--data', 'scenes', '--masks', home/'masks'], '--data', '--masks')
@@ -314,7 +314,7 @@ def test_simulate_faults(home, tmp_path, capsys):
 @pytest.fixture
 def published(home, tmp_path):
     "A points file, its background, and a zip of scribbles in two sets, for two of the images"
-    i,j = folder(home).splits['train'][:2]
+    i, j = folder(home).splits['train'][:2]
     (tmp_path/'fg.json').write_text(json.dumps({i: [dict(cls=2, x=20, y=10, rank=1)], j: [dict(cls=5, x=1, y=2, rank=1)]}))
     (tmp_path/'bg.json').write_text(json.dumps({i: [dict(cls=0, x=50, y=50, rank=1)]}))
     xml = ('<annotation><size><width>64</width><height>64</height></size><polygon><tag>{}</tag>'
@@ -322,11 +322,11 @@ def published(home, tmp_path):
     with zipfile.ZipFile(tmp_path/'s.zip', 'w') as z:
         z.writestr(f'top/voc/{i}.xml', xml.format('cat'))
         z.writestr(f'top/other/{i}.xml', xml.format('grass'))
-    return tmp_path,i,j
+    return tmp_path, i, j
 
 
 def test_convert_points(home, published):
-    path,i,j = published
+    path, i, j = published
     labels.main(f'convert {path}/fg.json --background {path}/bg.json --images {home}/images --width 5 --out {path}/point'.split())
     m = read_label_map(path/'point'/f'{i}.png', shape=(64, 64))
     assert m[10, 20] == 2 and m[50, 50] == 0 and (m == 2).sum() == 21 and read_label_map(path/'point'/f'{j}.png')[2, 1] == 5
@@ -336,7 +336,7 @@ def test_convert_points(home, published):
 
 
 def test_convert_scribbles(home, published):
-    path,i,_ = published
+    path, i, _ = published
     labels.main(f'convert {path}/s.zip --within top/voc --out {path}/a'.split())
     assert read_label_map(path/'a'/f'{i}.png')[8, 30] == SCRIBBLE_TAGS.index('cat')
     (path/'names.txt').write_text('sky\ngrass\n')
@@ -346,8 +346,8 @@ def test_convert_scribbles(home, published):
 
 
 def test_convert_faults(home, published, capsys):
-    path,i,_ = published
-    new,images = path/'new',home/'images'
+    path, i, _ = published
+    new, images = path/'new', home/'images'
     def bad(args, *words): fails(labels.main, ['convert', *args, '--out', new], capsys, *words)
     bad([path/'fg.json'], '--images')
     bad([path/'none.json', '--images', images], 'none.json')
@@ -372,7 +372,7 @@ def test_convert_faults(home, published, capsys):
 def test_stats(home, tmp_path, capsys):
     out = tmp_path/'stats'
     labels.main(f'stats --data folder --path {home} --annotation point --out {out}'.split())
-    text,src = capsys.readouterr().out,folder(home)
+    text, src = capsys.readouterr().out, folder(home)
     maps = [src.annotation(i, 'point') for i in src.splits['train']]
     assert f"{100*np.mean([m < 254 for m in maps]):.2f} % of the pixels of 8 images" in text
     rows = list(csv.DictReader((out/'labels.csv').open()))

@@ -19,13 +19,13 @@ def hot(src, id): return [float(c in src.tags(id)) for c in range(len(src.classe
 
 
 @pytest.mark.parametrize('annotation', ['dense', 'scribble', 'tag', 'point:novel=plain ring', 'sim_block20'])
-@pytest.mark.parametrize('augment', [dict(size=(32,32), augment=True), dict(size=(48,40)), {}])
+@pytest.mark.parametrize('augment', [dict(size=(32, 32), augment=True), dict(size=(48, 40)), {}])
 def test_every_sample_has_three_parts(src, annotation, augment):
     ds = SparseDataset(src, src.splits['train'], annotation, **augment)
     for epoch in range(2):
         ds.epoch = epoch
-        image,labels,tags = ds[5]
-        assert image.shape[1:] == labels.shape and (tags.dtype,type(tags)) == (torch.float32,ImageTags)
+        image, labels, tags = ds[5]
+        assert image.shape[1:] == labels.shape and (tags.dtype, type(tags)) == (torch.float32, ImageTags)
         assert tags.tolist() == hot(src, ds.ids[5])             # of the image, whatever a crop shows
         if annotation == 'tag': assert (labels >= 254).all()
 
@@ -34,8 +34,8 @@ def test_every_sample_has_three_parts(src, annotation, augment):
 def test_batches_and_inputs(src, workers):
     dls = sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu', num_workers=workers)
     order = shuffled(dls.train.dataset)
-    for k,(x,y,tags) in enumerate(dls.train):
-        assert (x.shape,y.shape,tags.shape) == ((4,3,32,32), (4,32,32), (4,6))
+    for k, (x, y, tags) in enumerate(dls.train):
+        assert (x.shape, y.shape, tags.shape) == ((4, 3, 32, 32), (4, 32, 32), (4, 6))
         assert tags.tolist() == [hot(src, src.splits['train'][i]) for i in order[4*k:4*k+4]]
     assert dls.n_inp == dls.train.n_inp == dls.valid.n_inp == dls.train.new(bs=2).n_inp == 1
     assert len(dls.train.decode(dls.one_batch())) == 3
@@ -43,13 +43,13 @@ def test_batches_and_inputs(src, workers):
 
 def test_augmentation_is_what_it_was(src):
     "The draws of the augmentation and of the order, as they were before samples had tags"
-    ds = SparseDataset(src, src.splits['train'], 'scribble', size=(32,32), augment=True, seed=3)
+    ds = SparseDataset(src, src.splits['train'], 'scribble', size=(32, 32), augment=True, seed=3)
     ds.epoch = 2
-    image,labels = ds.load(4)
+    image, labels = ds.load(4)
     from sasformer.data import Geometry, warp_image, warp_labels
     rng = np.random.default_rng((3, 2, 4))
-    g = Geometry.random(labels.shape, (32,32), rng)
-    assert (ds[4][0].permute(1,2,0).numpy() == warp_image(image, g, rng.uniform(-10, 10))).all()
+    g = Geometry.random(labels.shape, (32, 32), rng)
+    assert (ds[4][0].permute(1, 2, 0).numpy() == warp_image(image, g, rng.uniform(-10, 10))).all()
     assert (ds[4][1].numpy() == warp_labels(labels, g)).all()
     order = np.arange(12)
     np.random.default_rng((3, 2)).shuffle(order)
@@ -63,7 +63,7 @@ def test_thin_labels_are_kept_but_not_those_of_masks(src):
 
 # --- order
 
-class Numbers(list): seed,epoch = 0,0
+class Numbers(list): seed, epoch = 0, 0
 
 
 def test_order_of_the_loader():
@@ -84,10 +84,10 @@ def test_order_of_the_loader():
 
 
 def test_order_is_shared_out_among_processes():
-    data,parts = Numbers(range(10)),[]
+    data, parts = Numbers(range(10)), []
     for rank in range(2):
         dl = SparseDL(data, bs=4, shuffle=True, drop_last=True, order=lambda d: shuffled(d)[::-1])
-        dl.rank,dl.world,dl.n = rank,2,4
+        dl.rank, dl.world, dl.n = rank, 2, 4
         parts.append(dl.get_idxs())
     assert np.stack(parts, 1).ravel().tolist() == shuffled(data)[::-1][:8].tolist()
 
@@ -110,11 +110,11 @@ def test_training_from_tags_reads_no_mask(src):
 
 def test_tags_are_found_once(src, monkeypatch):
     fresh = scenes(n_train=4, n_val=1, size=64)
-    masks,read = dict(fresh.masks),[]
+    masks, read = dict(fresh.masks), []
     class Watched(dict):
         def __getitem__(self, id): read.append(id); return masks[id]
     fresh.masks = Watched(masks)
-    ds = SparseDataset(fresh, fresh.splits['train'], 'scribble', size=(32,32), augment=True)
+    ds = SparseDataset(fresh, fresh.splits['train'], 'scribble', size=(32, 32), augment=True)
     for ds.epoch in range(3): [ds[i] for i in range(4)]
     assert sorted(read) == fresh.splits['train']                # each mask once: for its scribbles, and its tags with them
 
@@ -124,9 +124,9 @@ def test_tags_are_found_once(src, monkeypatch):
     ({'a': ['three'], 'b': [0]}, 'tag', "tags of 'a': x has no class 'three', it has one, two"), ({'a': [0], 'b': [1]}, 'tag:novel=four', "no class 'four'"),
 ])
 def test_what_is_wrong_is_said_before_training(table, annotation, message):
-    image = np.zeros((8,8,3), np.uint8)
+    image = np.zeros((8, 8, 3), np.uint8)
     bad = Source('x', None, ['one','two'], {'train': ['a','b'], 'val': ['c']}, dict(a=image, b=image, c=image), {'c': image[...,0]}, tag_table=table)
-    with pytest.raises((AnnotationError,FileNotFoundError), match=message) as e: sparse_dataloaders(bad, annotation, size=8, bs=2, device='cpu')
+    with pytest.raises((AnnotationError, FileNotFoundError), match=message) as e: sparse_dataloaders(bad, annotation, size=8, bs=2, device='cpu')
     assert '\n' not in str(e.value)
 
 
@@ -134,7 +134,7 @@ def test_hidden_masks_change_no_bit(src):
     "With the tags given, the pixels of novel classes are nowhere to be seen: nor would a mask without them be"
     ring = src.classes.index('plain ring')
     tags = {i: src.tags(i) for i in src.images}
-    void = {i: np.where(m == ring, 255, m).astype(np.uint8) for i,m in src.masks.items()}
+    void = {i: np.where(m == ring, 255, m).astype(np.uint8) for i, m in src.masks.items()}
     weights = []
     for masks in (src.masks, void):
         s = Source('s', None, src.classes, src.splits, src.images, masks, tag_table=tags)
@@ -142,7 +142,7 @@ def test_hidden_masks_change_no_bit(src):
         batch = learn.dls.one_batch()
         with learn.no_bar(): learn.fit_poly(epochs=1)
         weights.append((*batch, *learn.model.state_dict().values()))
-    assert all(torch.equal(a, b) for a,b in zip(*weights))
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
     assert any(ring in t for t in tags.values())
 
 
@@ -153,14 +153,14 @@ def test_label_map_and_tags_are_targets(src):
     seen = []
     class Look(Callback):
         def after_loss(self):
-            labels,tags = self.learn.y
+            labels, tags = self.learn.y
             assert labels is self.yb[0] and tags is self.yb[1] and len(self.xb) == 1
             assert type(labels) is type(tags) is torch.Tensor
             seen.append(abs(self.loss.item() - partial_cross_entropy(self.pred, labels).item()))
     learn = sparse_learner(sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu'), 'segformer_mit_b0', decoder_dim=16, cbs=Look())
     with learn.no_bar(): learn.fit_poly(epochs=1)
     assert len(seen) == 4 and max(seen) == 0
-    preds,(labels,tags) = learn.get_preds()
+    preds, (labels, tags) = learn.get_preds()
     assert len(preds) == len(labels) == len(tags) == 4
 
 

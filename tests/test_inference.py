@@ -19,9 +19,9 @@ def model():
 
 @pytest.fixture
 def photos(tmp_path):
-    folder,rng = tmp_path/'photos',np.random.default_rng(0)
+    folder, rng = tmp_path/'photos', np.random.default_rng(0)
     folder.mkdir()
-    for name,size in dict(a=(40, 50, 3), b=(33, 64, 3)).items(): Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder/f'{name}.jpg')
+    for name, size in dict(a=(40, 50, 3), b=(33, 64, 3)).items(): Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder/f'{name}.jpg')
     return folder
 
 
@@ -54,7 +54,7 @@ def test_modes_and_gradients(model):
 
 
 def test_multi_scale_is_its_definition(model):
-    model,x,total = copy.deepcopy(model).double(),torch.randn(2, 3, 70, 91, dtype=torch.float64),0
+    model, x, total = copy.deepcopy(model).double(), torch.randn(2, 3, 70, 91, dtype=torch.float64), 0
     with evaluating(model):
         for s in paper_scales:
             for mirror in (False, True):
@@ -77,7 +77,7 @@ def test_windows():
 
 def test_evaluate(model):
     src = scenes(n_train=1, n_val=2, size=48)
-    n,cm = len(src.classes),ConfusionMatrix(len(src.classes))
+    n, cm = len(src.classes), ConfusionMatrix(len(src.classes))
     net = nn.Conv2d(3, n, 3, padding=1)
     for i in src.splits['val']: cm.update(torch.from_numpy(predict_image(net, src.image(i)))[None], torch.from_numpy(src.mask(i))[None])
     assert (evaluate(net, src, progress=False).counts == cm.counts).all()
@@ -117,7 +117,7 @@ def test_folder_never_overwrites_unasked(model, photos, tmp_path):
 
 
 def test_folder_faults_come_before_work(model, photos, tmp_path):
-    out,data = tmp_path/'out',(photos/'a.jpg').read_bytes()
+    out, data = tmp_path/'out', (photos/'a.jpg').read_bytes()
     (photos/'cut.jpg').write_bytes(data[:len(data)//2])
     with pytest.raises(OSError, match='cut.jpg'): run(model, photos, out)
     assert not out.exists()
@@ -155,11 +155,11 @@ def test_masks_are_upright(model, tmp_path, orientation, turn):
 
 
 def test_overlay_and_legend():
-    image,label_map = np.full((2, 2, 3), 100, np.uint8),np.array([[0, 1], [254, 255]], np.uint8)
+    image, label_map = np.full((2, 2, 3), 100, np.uint8), np.array([[0, 1], [254, 255]], np.uint8)
     y = np.asarray(overlay(image, label_map, [[0, 0, 0], [200, 0, 100]], alpha=.25))
     assert y.tolist() == [[[75, 75, 75], [125, 75, 100]], [[100]*3, [100]*3]]
     with pytest.raises(ValueError, match='class 1, palette only 1'): overlay(image, label_map, [[0, 0, 0]])
-    assert (200, 0, 100) in {c for _,c in legend(['one', 'two'], [[0, 0, 0], [200, 0, 100]]).getcolors(10**6)}
+    assert (200, 0, 100) in {c for _, c in legend(['one', 'two'], [[0, 0, 0], [200, 0, 100]]).getcolors(10**6)}
 
 
 def test_image_tensor():
@@ -197,4 +197,4 @@ def test_bfloat16_takes_the_quick_attention(monkeypatch):
     predict_logits(model, x)
     assert not calls
     predict_logits(model, x, dtype=torch.bfloat16)
-    assert len(calls)==8
+    assert len(calls) == 8

@@ -9,14 +9,14 @@ def example(n=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     target = torch.randint(0, n-1, (3, 17, 23), generator=g)
     pred = torch.where(torch.rand(target.shape, generator=g) < .6, target, torch.randint(0, n, target.shape, generator=g))
-    target[:, :2],target[:, :, 5] = 255,254
-    return pred,target
+    target[:, :2], target[:, :, 5] = 255, 254
+    return pred, target
 
 
 def test_brute_force():
-    pred,target = example()
+    pred, target = example()
     counts = np.zeros((6, 6), int)
-    for p,t in zip(pred.flatten().tolist(), target.flatten().tolist()):
+    for p, t in zip(pred.flatten().tolist(), target.flatten().tolist()):
         if t not in (254, 255): counts[t, p] += 1
     cm = ConfusionMatrix(6)
     for i in range(3): cm.update(pred[i:i+1], target[i:i+1])
@@ -30,7 +30,7 @@ def test_brute_force():
 
 def test_torchmetrics():
     tm = pytest.importorskip('torchmetrics.classification')
-    pred,target = example()
+    pred, target = example()
     keep = target < 254
     cm = ConfusionMatrix(6).update(pred, target)
     assert (cm.counts == tm.MulticlassConfusionMatrix(6)(pred[keep], target[keep])).all()
@@ -45,7 +45,7 @@ def test_absent_class_is_not_in_the_mean():
 
 
 def test_scores_are_resized_before_the_largest_is_taken():
-    scores,target = torch.randn(2, 6, 5, 7),torch.randint(0, 6, (2, 19, 26))
+    scores, target = torch.randn(2, 6, 5, 7), torch.randint(0, 6, (2, 19, 26))
     up = torch.nn.functional.interpolate(scores, (19, 26), mode='bilinear', align_corners=False).argmax(1)
     assert (to_labels(scores, (19, 26)) == up).all()
     assert (ConfusionMatrix(6).update(scores, target).counts == ConfusionMatrix(6).update(up, target).counts).all()
@@ -65,7 +65,7 @@ def test_errors_leave_the_counts(pred, target, message):
 
 def test_learner_metrics_share_a_matrix():
     group = SegmentationMetrics(6)
-    pred,target = example()
+    pred, target = example()
     assert [m.name for m in group] == ['miou', 'pixel_accuracy', 'mean_accuracy']
     for epoch in range(2):
         for m in group: m.reset()
@@ -76,17 +76,17 @@ def test_learner_metrics_share_a_matrix():
 
 
 def test_dice_against_sets():
-    pred,target = example()
-    cm,on = ConfusionMatrix(6).update(pred, target),target < 254
+    pred, target = example()
+    cm, on = ConfusionMatrix(6).update(pred, target), target < 254
     for c in range(6):
-        p,t = (pred == c) & on,(target == c) & on
+        p, t = (pred == c) & on, (target == c) & on
         if (p | t).any(): assert abs(cm.dice[c] - 2*(p & t).sum()/(p.sum() + t.sum())) < 1e-6
         else: assert cm.dice[c].isnan()
     assert cm.mean_dice == cm.dice.nanmean().item()
 
 
 def test_groups_of_classes():
-    pred,target = example()
+    pred, target = example()
     cm = ConfusionMatrix(6).update(pred, target)
     got = cm.group_iou(dict(base=(0, 2, 3), novel=[1, 4]))
     assert list(got) == ['base', 'novel', 'harmonic']
@@ -101,7 +101,7 @@ def test_groups_of_classes():
 
 
 def test_learner_metrics_of_groups():
-    pred,target = example()
+    pred, target = example()
     groups = dict(base=[0, 1, 2], novel=[3, 4, 5])
     group = SegmentationMetrics(6, groups=groups)
     # a sample has two targets in a training, the label map first
@@ -114,11 +114,11 @@ def test_learner_metrics_of_groups():
 
 @pytest.mark.parametrize('n,world_size,bs', [(10, 4, 2), (10, 4, 5), (3, 4, 2), (12, 4, 2), (5, 2, 1)])
 def test_repeated_samples_of_a_distributed_loader(n, world_size, bs):
-    pred,target = torch.randint(0, 4, (n, 5, 5)),torch.randint(0, 4, (n, 5, 5))
+    pred, target = torch.randint(0, 4, (n, 5, 5)), torch.randint(0, 4, (n, 5, 5))
     n_padded = -(-n//world_size)*world_size
-    idxs,total = (list(range(n))*2)[:n_padded],0
+    idxs, total = (list(range(n))*2)[:n_padded], 0
     for rank in range(world_size):
-        group,own = SegmentationMetrics(4),idxs[rank*n_padded//world_size:(rank+1)*n_padded//world_size]
+        group, own = SegmentationMetrics(4), idxs[rank*n_padded//world_size:(rank+1)*n_padded//world_size]
         for start in range(0, len(own), bs):
             part = own[start:start+bs]
             dl = SimpleNamespace(n=n, n_padded=n_padded, i=start+len(part), rank=rank, world_size=world_size)

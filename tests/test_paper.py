@@ -15,7 +15,7 @@ def fake_result(cell, miou=.5):
 
 def write(folder, cells, miou=lambda name: .5):
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for n,c in cells.items(): (Path(folder)/f'{n}.json').write_text(json.dumps(fake_result(c, miou(n))))
+    for n, c in cells.items(): (Path(folder)/f'{n}.json').write_text(json.dumps(fake_result(c, miou(n))))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def instant(monkeypatch):
 def fails(args, capsys, *words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as e: main([str(a) for a in args])
-    out,err = capsys.readouterr()
+    out, err = capsys.readouterr()
     assert e.value.code == 2 and 'Traceback' not in err and err.startswith('sasformer_paper: error: '), err
     for w in words: assert str(w) in err, err
 
@@ -46,19 +46,19 @@ def fails(args, capsys, *words):
 @pytest.mark.parametrize('table', TABLES)
 def test_every_cell_is_a_recipe(table, size):
     if TABLES[table].folder and size != 'mini': return
-    for name,cell in table_cells(table, size).items():
+    for name, cell in table_cells(table, size).items():
         r = cell_recipe(cell)
         assert r.seed == cell['seed'] and not set('/:, ') & set(name), name
 
 
 @pytest.mark.parametrize('size', BASES)
 def test_a_name_has_one_meaning_and_a_meaning_one_name(size):
-    fields,names = {},{}
+    fields, names = {}, {}
     for t in (t for t in TABLES if not TABLES[t].folder):
-        for name,cell in table_rows(t, size).values():
+        for name, cell in table_rows(t, size).values():
             assert fields.setdefault(name, cell) == cell, name
             r = cell_recipe(cell)
-            meaning = r.settings() | dict(options={n: {**m.meaning(), 'form': None} for n,m in r.methods.items()})
+            meaning = r.settings() | dict(options={n: {**m.meaning(), 'form': None} for n, m in r.methods.items()})
             assert names.setdefault(repr(sorted(meaning.items())), name) == name, (names[repr(sorted(meaning.items()))], name)
 
 
@@ -66,7 +66,7 @@ def test_shared_cells():
     tables = [set(table_cells(t)) for t in ('table2', 'table3', 'table4', 'table5')]
     assert {f'scribble-sasformer-seed{s}' for s in range(3)} == set.intersection(*tables)
     assert len(set.union(*tables)) == 3*(3+6+4+3)
-    for n,c in table_cells('tel').items():   # those of CamVid's own table have the same names and fields
+    for n, c in table_cells('tel').items():   # those of CamVid's own table have the same names and fields
         assert table_cells('camvid').get(n, c) == c
     assert 'points-sasformer-seed0' in set(table_cells('tel')) & set(table_cells('camvid'))
 
@@ -81,7 +81,7 @@ def test_full_is_the_papers_setting():
 def test_result_files_of_the_project_belong_to_cells():
     root = Path(__file__).parents[1]/'results'
     known = {(table_folder(t, s), n) for t in TABLES for s in BASES if s == 'mini' or not TABLES[t].folder for n in table_cells(t, s, 9)}
-    folders = {f for f,_ in known}
+    folders = {f for f, _ in known}
     files = [f for f in root.glob('*/*-seed*.json') if f.parent.name in folders]
     assert files and not [f.name for f in files if (f.parent.name, f.stem) not in known]
 
@@ -89,9 +89,9 @@ def test_result_files_of_the_project_belong_to_cells():
 def test_published_numbers(data_dir):
     p = json.loads((data_dir/'paper_results.json').read_text())
     name = lambda m, b, multi: {'Baseline': 'baseline'}.get(m, m) if b == 'SegFormer-B4' else f"{m} ({b}{', multi-stage' if multi else ''})"
-    for t,k in (('table1', 'table1_point'), ('table2', 'table2_scribble')): assert PUBLISHED[t] == {name(*r[:3]): r[3] for r in p[k]}
-    assert PUBLISHED['table3'] == {{'': 'none', '1+2+3+4': 'all'}.get(k, k): v for k,v in p['table3_blocks_scribble'].items()}
-    assert PUBLISHED['table4'] == {f'{m} {w}': v for m,d in p['table4_backbones_scribble'].items() for w,v in d.items()}
+    for t, k in (('table1', 'table1_point'), ('table2', 'table2_scribble')): assert PUBLISHED[t] == {name(*r[:3]): r[3] for r in p[k]}
+    assert PUBLISHED['table3'] == {{'': 'none', '1+2+3+4': 'all'}.get(k, k): v for k, v in p['table3_blocks_scribble'].items()}
+    assert PUBLISHED['table4'] == {f'{m} {w}': v for m, d in p['table4_backbones_scribble'].items() for w, v in d.items()}
     assert PUBLISHED['table5'] == p['table5_distances_scribble_as_printed']
     assert PUBLISHED['afa'] == {"MiT-B1, image tags": next(r[3] for r in p['afa_readme'] if r[1] == 'VOC2012 val')}
     for t in ('table1', 'table2', 'table3', 'table4', 'table5'): assert set(TABLES[t].rows) <= set(PUBLISHED[t])
@@ -102,7 +102,7 @@ def test_published_numbers(data_dir):
 def test_runs_what_is_missing_once(instant, tmp_path, capsys):
     "Shared cells once; those with a result not at all; seed 0 of all before seed 1"
     results = tmp_path/'results'
-    write(results/'mini', {n: c for n,c in table_cells('table3').items() if n.startswith('scribble-baseline')})
+    write(results/'mini', {n: c for n, c in table_cells('table3').items() if n.startswith('scribble-baseline')})
     args = ['run', 'table3', 'table5', '--results', str(results), '--work', str(tmp_path/'work'), '--jobs', '3']
     main(args)
     assert len(instant) == len(set(instant)) == 3*(7+3) and 'scribble-baseline-seed0' not in instant
@@ -126,7 +126,7 @@ def test_only_and_seeds(instant, tmp_path, capsys):
 
 def test_other_settings_are_refused(instant, tmp_path, capsys):
     cells = table_cells('table5', seeds=1)
-    write(tmp_path/'results'/'mini', {n: {**c, 'lr': .5} for n,c in cells.items() if 'L2' in n})
+    write(tmp_path/'results'/'mini', {n: {**c, 'lr': .5} for n, c in cells.items() if 'L2' in n})
     before = (tmp_path/'results'/'mini'/'scribble-sasformer-distance=L2-seed0.json').read_bytes()
     places = ['--results', tmp_path/'results', '--work', tmp_path/'work']
     fails(['run', 'table5', *places], capsys, 'distance=L2-seed0.json', 'lr 0.5')
@@ -169,7 +169,7 @@ def test_command_of_a_cell(monkeypatch, tmp_path):
 @pytest.fixture
 def home(tmp_path):
     src = scenes(n_train=8, n_val=4, size=64)
-    for split,ids in src.splits.items():
+    for split, ids in src.splits.items():
         for d in ('images', 'masks'): (tmp_path/'set'/d/split).mkdir(parents=True)
         for i in ids:
             src.image(i).save(tmp_path/'set'/'images'/split/f'{i}.png')
@@ -183,7 +183,7 @@ def test_stopped_and_continued_in_two_processes(home, tmp_path, monkeypatch):
     cells = dict(a=dict(recipe='folder', method='sasformer', epochs=4, size=64, bs=4, decoder_dim=32, validate_every=1, precision='fp32'))
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
     run = lambda **kw: run_cells(cells, tmp_path/'results', tmp_path/'work', home, **kw)
-    state,sleep = tmp_path/'work'/'a'/'state.pt',paper.time.sleep
+    state, sleep = tmp_path/'work'/'a'/'state.pt', paper.time.sleep
     def stop(seconds):
         sleep(.02)
         if state.exists(): raise KeyboardInterrupt
@@ -200,7 +200,7 @@ def test_stopped_and_continued_in_two_processes(home, tmp_path, monkeypatch):
 
 def test_show(tmp_path, capsys):
     values = {'baseline': (.40, .42, .44), 'sasformer': (.60, .61, .62)}
-    for s in range(3): write(tmp_path/'mini', {n: c for n,c in table_cells('table2').items() if n.endswith(str(s)) and 'tel' not in n}, lambda n: values[n.split('-')[1]][s])
+    for s in range(3): write(tmp_path/'mini', {n: c for n, c in table_cells('table2').items() if n.endswith(str(s)) and 'tel' not in n}, lambda n: values[n.split('-')[1]][s])
     df = paper_table('table2', tmp_path)
     assert df.loc['SASFormer', ['seeds', 'mIoU', 'spread', 'published']].tolist() == pytest.approx([3, 61, 2, 79.49])
     assert df.loc['baseline', 'spread'] == pytest.approx(4) and df.loc['TEL', 'seeds'] == 0 and df.attrs['missing'] == ['TEL']
@@ -211,12 +211,12 @@ def test_show(tmp_path, capsys):
 
 
 def test_list(tmp_path, capsys):
-    write(tmp_path/'results'/'scenes', {n: c for n,c in table_cells('scenes').items() if n == 'baseline-seed1'})
+    write(tmp_path/'results'/'scenes', {n: c for n, c in table_cells('scenes').items() if n == 'baseline-seed1'})
     (tmp_path/'work'/'scenes'/'baseline-seed0').mkdir(parents=True)
     (tmp_path/'work'/'scenes'/'baseline-seed0'/'state.pt').write_text('')
     places = ['--results', str(tmp_path/'results'), '--work', str(tmp_path/'work')]
     main(['list', 'scenes', *places])
-    states = {name: state for state,name in (l.split() for l in capsys.readouterr().out.splitlines())}
+    states = {name: state for state, name in (l.split() for l in capsys.readouterr().out.splitlines())}
     assert (states['baseline-seed0'], states['sasformer-seed0'], states['baseline-seed1']) == ('begun', '-', 'done') and list(states) == list(table_cells('scenes'))
     main(['list', *places])
     out = capsys.readouterr().out

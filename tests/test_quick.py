@@ -15,7 +15,7 @@ def model():
     return create_segmenter('segformer_mit_b0', 5, last_stride=1, decoder_dim=32, dropout=0.).eval()
 
 
-def target(): return torch.randint(0, 5, (2,64,64)).where(torch.rand(2,64,64)<.05, torch.tensor(UNLABELLED))
+def target(): return torch.randint(0, 5, (2, 64, 64)).where(torch.rand(2, 64, 64) < .05, torch.tensor(UNLABELLED))
 
 
 def loss_of(model, x, y, context, form=Form(), **kw):
@@ -44,7 +44,7 @@ def test_two_forward_passes_before_their_backward_passes(model):
     "As in gradient accumulation: the second must not write into the maps of the first"
     quick, xs, ys = QuickAttention(), torch.randn(2, 2, 3, 64, 64), [target(), target()]
     losses = [loss_of(model, x, y, quick) for x,y in zip(xs, ys)]
-    for loss,x,y in zip(losses, xs, ys): close(model, x, y, gradient(loss, model))
+    for loss, x, y in zip(losses, xs, ys): close(model, x, y, gradient(loss, model))
 
 
 def test_backward_twice(model):
@@ -61,9 +61,9 @@ def test_memory_is_used_again_and_bounded(model):
     pool = quick.pool
     for n in (2, 1, 2):
         loss = loss_of(model, x[:n], y[:n], quick)
-        assert 0<pool.taken<=.2*2**20
+        assert 0 < pool.taken <= .2*2**20
         del loss; gc.collect()
-        assert pool.taken==sum(size*len(o) for size,o in pool.free.items())   # also without a backward pass
+        assert pool.taken == sum(size*len(o) for size, o in pool.free.items())   # also without a backward pass
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -78,13 +78,13 @@ def test_what_it_passes_on(dtype, monkeypatch):
         F.scaled_dot_product_attention(q, q, q, mask)
         F.scaled_dot_product_attention(q[0], q[0], q[0])
         F.scaled_dot_product_attention(q[:0], q[:0], q[:0])   # an empty batch
-        F.scaled_dot_product_attention(q, q[:,:1].expand(-1,2,-1,-1)[:,:1], q[:,:1], enable_gqa=True)
+        F.scaled_dot_product_attention(q, q[:,:1].expand(-1, 2, -1, -1)[:,:1], q[:,:1], enable_gqa=True)
         assert not taken
         F.scaled_dot_product_attention(q, q, q, dropout_p=0., scale=.5)
-    assert len(taken)==(dtype==torch.bfloat16)
+    assert len(taken) == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize('layers,heads', [(2,1), (2,8), (40,5)])
+@pytest.mark.parametrize('layers,heads', [(2, 1), (2, 8), (40, 5)])
 @pytest.mark.parametrize('mb', [0, 100])
 def test_bfloat16_is_rounded_once(layers, heads, mb):
     "However many maps are added up: class scores that sum to 1 still do, and differ from float32 by about one rounding"
@@ -92,7 +92,7 @@ def test_bfloat16_is_rounded_once(layers, heads, mb):
     rand = lambda n: torch.randn(2, heads, n, 16).bfloat16()
     qk, pool, p = [(rand(64), rand(32)) for _ in range(layers)], BufferPool(mb), torch.rand(2, 32, 4).softmax(-1).requires_grad_()
     maps = []
-    for q,k in qk:
+    for q, k in qk:
         m = AttentionMap(q, k, .25, pool)
         maps.append((m, _Attention.apply(q.requires_grad_(), k, k, m)[1]))
     y = propagate_kept(maps, p)
@@ -100,8 +100,8 @@ def test_bfloat16_is_rounded_once(layers, heads, mb):
     g = torch.randn_like(y)
     a, b = (torch.autograd.grad(o, p, g)[0] for o in (y, plain))
     once = torch.finfo(torch.bfloat16).eps/2   # the largest relative error of one rounding
-    assert (y.sum(-1)-1).abs().max()<once and (y-plain).abs().max()<once/2   # values up to a half or so
-    assert (a-b).norm()<once*b.norm()
+    assert (y.sum(-1)-1).abs().max() < once and (y-plain).abs().max() < once/2   # values up to a half or so
+    assert (a-b).norm() < once*b.norm()
 
 
 @pytest.mark.parametrize('mb', [0, 160])
@@ -137,14 +137,14 @@ def test_a_learner_uses_it(monkeypatch):
     from sasformer.learner import sparse_learner
     calls, plain = [], quick._backward
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
-    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32,32), 2)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32, 32), 2)
     dls.train.n = 2
-    for precision,method,expected in (('fp32',None,0), ('fp32',SASFormerLoss(),8), ('bf16',None,8), ('bf16',SASFormerLoss(),8)):
+    for precision, method, expected in (('fp32', None, 0), ('fp32', SASFormerLoss(), 8), ('bf16', None, 8), ('bf16', SASFormerLoss(), 8)):
         calls.clear()
         learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
         with learn.no_logging(): learn.fit(1)
-        assert len(calls)==expected
-        assert torch.overrides._get_current_function_mode_stack()==[]
+        assert len(calls) == expected
+        assert torch.overrides._get_current_function_mode_stack() == []
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
@@ -163,12 +163,12 @@ def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
             gc.collect()
             alive.append(len(maps))
         def after_pred(self): alive.append(len(maps))
-    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32,32), 2)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32, 32), 2)
     dls.train.n = 6
     learn = sparse_learner(dls, 'segformer_mit_b0', SASFormerLoss(), precision=precision, cbs=Look(), validate_every=2)
     for p in learn.model.backbone.parameters(): p.requires_grad_(not frozen)
     with learn.no_logging(): learn.fit(1)
-    assert alive[:6]==[0, 8]*3
+    assert alive[:6] == [0, 8]*3
 
 
 def test_checkpointed_and_compiled_models_are_left_alone(model):

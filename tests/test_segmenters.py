@@ -4,7 +4,7 @@ from torch import nn
 from sasformer.inference import predict_logits
 from sasformer.segmenters import ASPP, DeepLabV3PlusDecoder, MaskTransformer, Segmenter, SegformerDecoder, create_segmenter, list_segmenters
 
-channels,sizes = (8, 12, 20, 16),((13, 18), (7, 9), (4, 5), (2, 3))
+channels, sizes = (8, 12, 20, 16), ((13, 18), (7, 9), (4, 5), (2, 3))
 
 
 def features(**kw): return [torch.randn(2, c, *s, **kw) for c,s in zip(channels, sizes)]
@@ -18,19 +18,19 @@ def plain_merge(decoder, feats):
 
 def test_merge_is_the_plain_one():
     torch.manual_seed(0)
-    decoder,feats = SegformerDecoder(channels, 5, dim=24),features(dtype=torch.float64, requires_grad=True)
+    decoder, feats = SegformerDecoder(channels, 5, dim=24), features(dtype=torch.float64, requires_grad=True)
     decoder.double()
     inputs = [*feats, decoder.fuse.weight, *decoder.project.parameters()]
-    a,b = plain_merge(decoder, feats),decoder.merge(feats)
+    a, b = plain_merge(decoder, feats), decoder.merge(feats)
     weight = torch.randn_like(a)
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    for p,q in zip(torch.autograd.grad((a*weight).sum(), inputs), torch.autograd.grad((b*weight).sum(), inputs)):
+    for p, q in zip(torch.autograd.grad((a*weight).sum(), inputs), torch.autograd.grad((b*weight).sum(), inputs)):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
 def test_merge_in_mixed_precision():
     torch.manual_seed(0)
-    decoder,feats = SegformerDecoder(channels, 5, dim=24).eval(),features()
+    decoder, feats = SegformerDecoder(channels, 5, dim=24).eval(), features()
     with torch.autocast('cpu', torch.bfloat16): y = decoder(feats)
     assert y.dtype == torch.bfloat16
     exact = decoder(feats)   # two products of 24 numbers and a sum of four levels, each rounded to 8 bits
@@ -54,13 +54,13 @@ def test_segformer_of_transformers(tmp_path):
         if s.is_floating_point(): s.uniform_(.5, 1.5)
     theirs.save_pretrained(tmp_path)
     ours = create_segmenter('segformer_mit_b0', 7, weights=str(tmp_path)).eval()
-    for p,q in zip(ours.decoder.project, head.linear_projections):
+    for p, q in zip(ours.decoder.project, head.linear_projections):
         p.load_state_dict(dict(weight=q.proj.weight[...,None,None], bias=q.proj.bias))
-    for name,m in dict(fuse=head.linear_fuse, norm=head.batch_norm, classify=head.classifier).items():
+    for name, m in dict(fuse=head.linear_fuse, norm=head.batch_norm, classify=head.classifier).items():
         getattr(ours.decoder, name).load_state_dict(m.state_dict())
     for m in [*ours.double().modules(), *theirs.double().modules()]:   # transformers leaves the blocks' at 1e-5
         if isinstance(m, nn.LayerNorm): m.eps = 1e-6
-    for size in (64,64),(67,101):
+    for size in (64, 64), (67, 101):
         x = torch.randn(1, 3, *size, dtype=torch.float64)
         with torch.no_grad(): torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-10)
 
@@ -85,7 +85,7 @@ models = [('deeplabv3plus_resnet10t', {}, (16, 24)), ('deeplabv3plus_efficientne
 @pytest.mark.parametrize('name,kw,size', models)
 def test_sizes_gradients_and_config(name, kw, size):
     torch.manual_seed(0)
-    model,seen = create_segmenter(name, 5, **kw),[]
+    model, seen = create_segmenter(name, 5, **kw), []
     assert name in list_segmenters()
     hook = model.decoder.classify.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     y = model(torch.randn(2, 3, *((84, 84) if 'patch14' in name else (64, 96))))
@@ -93,7 +93,7 @@ def test_sizes_gradients_and_config(name, kw, size):
     assert y.shape == (2, 5, *size) and seen[0].ndim == 4 and seen[0].shape[0] == 2 and seen[0].shape[2:] == size
     y.square().mean().backward()
     assert not [n for n,p in model.named_parameters() if p.grad is None]
-    again,x = create_segmenter(**model.config).eval(),torch.randn(2, 3, 75, 97)
+    again, x = create_segmenter(**model.config).eval(), torch.randn(2, 3, 75, 97)
     again.load_state_dict(model.state_dict())
     assert not len(model.auxiliary) and torch.equal(predict_logits(again, x), predict_logits(model, x))
     assert predict_logits(model, x).shape == (2, 5, 75, 97) == predict_logits(model, x, window=64).shape
@@ -105,7 +105,7 @@ def test_sizes_gradients_and_config(name, kw, size):
 
 def test_padded_scores_lie_where_the_image_is():
     "Scores that say where a patch is, say where each pixel is"
-    model,x = Segmenter(nn.AvgPool2d(8), nn.Identity(), multiple=8),torch.stack(torch.meshgrid(torch.arange(59.), torch.arange(81.), indexing='ij'))[None].double()
+    model, x = Segmenter(nn.AvgPool2d(8), nn.Identity(), multiple=8), torch.stack(torch.meshgrid(torch.arange(59.), torch.arange(81.), indexing='ij'))[None].double()
     inside = (..., slice(4, 52), slice(4, 76))
     assert model(x).shape == x.shape
     torch.testing.assert_close(model(x)[inside], x[inside], rtol=0, atol=1e-10)
@@ -115,7 +115,7 @@ def test_padded_scores_lie_where_the_image_is():
 def test_aspp_of_torchvision():
     deeplabv3 = pytest.importorskip('torchvision.models.segmentation.deeplabv3')
     torch.manual_seed(0)
-    ours,theirs = ASPP(24, 16).double().eval(),deeplabv3.ASPP(24, [6, 12, 18], 16).double().eval()
+    ours, theirs = ASPP(24, 16).double().eval(), deeplabv3.ASPP(24, [6, 12, 18], 16).double().eval()
     for p in theirs.state_dict().values():
         if p.is_floating_point(): p.uniform_(.1, .5)
     state = theirs.state_dict()
@@ -141,7 +141,7 @@ def test_branches_of_hrnet():
         plain.double()
         plain.eval()
         y = plain.act2(plain.bn2(plain.conv2(plain.act1(plain.bn1(plain.conv1(x))))))
-        for a,b in zip(ours, plain.stages(y), strict=True): torch.testing.assert_close(a, b)
+        for a, b in zip(ours, plain.stages(y), strict=True): torch.testing.assert_close(a, b)
 
 
 def test_last_layer_is_normalised():
@@ -151,7 +151,7 @@ def test_last_layer_is_normalised():
         model = create_segmenter(f'linear_{name}', 3, depth=2).eval()
         norm = plain.fc_norm if isinstance(plain.norm, nn.Identity) else plain.norm
         for p in norm.parameters(): nn.init.uniform_(p, .5, 1.5)
-        model.backbone.model.load_state_dict({n.replace('fc_norm', 'norm'): p for n,p in plain.state_dict().items() if not n.startswith('head')})
+        model.backbone.model.load_state_dict({n.replace('fc_norm', 'norm'): p for n, p in plain.state_dict().items() if not n.startswith('head')})
         x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
         with torch.no_grad():
             expected = plain.double().forward_features(x)
@@ -161,23 +161,23 @@ def test_last_layer_is_normalised():
 
 def test_mask_transformer_step_by_step():
     torch.manual_seed(0)
-    decoder,f = MaskTransformer([64], 3, dim=128).double().eval(),torch.randn(2, 64, 4, 5, dtype=torch.float64)
+    decoder, f = MaskTransformer([64], 3, dim=128).double().eval(), torch.randn(2, 64, 4, 5, dtype=torch.float64)
     assert abs(decoder.classify.patch.weight.std().item() - 128**-.5) < .005 and len(decoder.blocks) == 2 and decoder.blocks[0].attn.num_heads == 2
     for p in decoder.parameters(): p.data += torch.randn_like(p)*.05
     with torch.no_grad():
         x = torch.cat([decoder.project(f.flatten(2).mT), decoder.tokens.expand(2, -1, -1)], 1)
         for b in decoder.blocks:
-            q,k,v = b.attn.qkv(b.norm1(x)).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
+            q, k, v = b.attn.qkv(b.norm1(x)).unflatten(2, (3, 2, 64)).permute(2, 0, 3, 1, 4)
             x = x + b.attn.proj(((q @ k.mT)/8).softmax(-1).matmul(v).transpose(1, 2).flatten(2))
             x = x + b.mlp(b.norm2(x))
-        x,c = decoder.norm(x),decoder.classify
+        x, c = decoder.norm(x), decoder.classify
         cosines = F.cosine_similarity(c.patch(x[:, :20])[:, :, None], c.token(x[:, 20:])[:, None], dim=-1)
         torch.testing.assert_close(decoder([f]), c.norm(cosines).mT.unflatten(2, (4, 5)), rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match='multiple of 64, got decoder_dim=100'): MaskTransformer([192], 3, dim=100)
 
 
 def test_last_doubling_of_pup_is_left_to_others():
-    decoder,f = create_segmenter('setrpup_vit_tiny_patch16_224', 3, decoder_dim=16, depth=1).decoder.double().eval(),torch.randn(1, 192, 3, 4, dtype=torch.float64)
+    decoder, f = create_segmenter('setrpup_vit_tiny_patch16_224', 3, decoder_dim=16, depth=1).decoder.double().eval(), torch.randn(1, 192, 3, 4, dtype=torch.float64)
     def double(x): return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
     with torch.no_grad():
         y = f
@@ -217,7 +217,7 @@ def test_errors(tmp_path):
 
 def test_other_backbones_weights_from_a_file(tmp_path):
     from safetensors.torch import save_file
-    for name,kw,tensor,inside in [('segformer_resnet10t', {}, 'layer4.0.conv1.weight', ''), ('deeplabv3plus_resnet10t', {}, 'layer4.0.conv1.weight', ''),
+    for name, kw, tensor, inside in [('segformer_resnet10t', {}, 'layer4.0.conv1.weight', ''), ('deeplabv3plus_resnet10t', {}, 'layer4.0.conv1.weight', ''),
                               ('segmenter_vit_tiny_patch16_224', dict(depth=1), 'blocks.0.mlp.fc1.weight', 'model.')]:
         state = timm.create_model(name.partition('_')[2], num_classes=5, **kw).state_dict()
         save_file(state, tmp_path/'w.safetensors')

@@ -89,6 +89,6 @@ def test_killed_and_resumed(whole, tmp_path):
 
 def test_stride_stays_with_mit():
     "The stride of a recipe is that of its MiT: another backbone does not inherit it, and none takes it"
-    assert recipe('scenes').last_stride==1 and recipe('scenes', model='segformer_mit_b1').last_stride==1
+    assert recipe('scenes').last_stride == 1 and recipe('scenes', model='segformer_mit_b1').last_stride == 1
     assert recipe('scenes', model='segmenter_vit_tiny_patch16_224').last_stride is None
     with pytest.raises(ValueError, match='last_stride=1: only MiT has it, not segformer_resnet18'): recipe('scenes', model='segformer_resnet18', last_stride=1)
