@@ -43,7 +43,8 @@ def register_method(
 def among(o, name, allowed):
     "`o.name` is `None` or one of `allowed`"
     value = getattr(o, name)
-    if value is not None and value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
 
 def _numbers(o, names, right, expected):
     for name in names:
@@ -94,7 +95,8 @@ def _options(text, cls, spec):
     for part in filter(None, (o.strip() for o in text.split(','))):
         name, is_option, value = (o.strip() for o in part.partition('='))
         if not is_option and last: given[last] += f',{name}'
-        elif name not in fields: raise ValueError(f"method {spec!r}: {cls.name} has no option {name!r}, it has {', '.join(fields)}")
+        elif name not in fields:
+            raise ValueError(f"method {spec!r}: {cls.name} has no option {name!r}, it has {', '.join(fields)}")
         elif name in given: raise ValueError(f"method {spec!r}: option {name!r} comes twice")
         else: given[name], last = value, name
     return {k: convert(fields[k], v) for k, v in given.items()}
@@ -107,7 +109,9 @@ def parse_options(
     if spec == 'baseline': return out
     for part in spec.split('+'):
         name, _, text = part.strip().partition(':')
-        if name not in METHODS: raise ValueError(f"method {spec!r}: no method {name!r}, expected baseline or of {', '.join(METHODS)} (with + between them)")
+        if name not in METHODS:
+            raise ValueError(f"method {spec!r}: no method {name!r}, "
+                             f"expected baseline or of {', '.join(METHODS)} (with + between them)")
         if name in out: raise ValueError(f"method {spec!r}: {name} comes twice")
         out[name] = _options(text, METHODS[name], spec)
     return out
@@ -118,8 +122,11 @@ def parse_method(
 )->dict:              # Name → `Method`
     "The methods that a text names"
     preset = parse_options(defaults) if defaults else {}
-    try: return {name: METHODS[name](**{**preset.get(name, {}), **given}) for name, given in parse_options(spec).items()}
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith('method ') else f"method {spec!r}: {e}") from None
+    try:
+        return {name: METHODS[name](**{**preset.get(name, {}), **given})
+                for name, given in parse_options(spec).items()}
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith('method ') else f"method {spec!r}: {e}") from None
 
 # %% ../nbs/09_methods.ipynb #7af27b9e
 def _text(value): return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
@@ -138,7 +145,8 @@ def method_help()->str:
     lines = []
     for name, cls in METHODS.items():
         notes = docments(cls)
-        lines += [f'{name}: {cls.__doc__}', *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
+        lines += [f'{name}: {cls.__doc__}',
+                  *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
 
 def flat_settings(
@@ -163,17 +171,22 @@ class Form:
     fraction:float = 1.             # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
 
     def __post_init__(self):
-        for name, value, allowed in (('scores', self.scores, ('logits', 'probabilities')), ('positions', self.positions, ('unlabelled', 'all')),
-                                   ('over_blocks', self.over_blocks, ('mean', 'sum')), ('distance', self.distance, tuple(DISTANCES))):
+        for name, value, allowed in (('scores', self.scores, ('logits', 'probabilities')),
+                                     ('positions', self.positions, ('unlabelled', 'all')),
+                                   ('over_blocks', self.over_blocks, ('mean', 'sum')),
+                                     ('distance', self.distance, tuple(DISTANCES))):
             if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
         for name in ('blocks', 'detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
         n = round(1/self.fraction) if self.fraction > 0 else 0
-        if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011):
+            raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature <= 0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
-        if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
-        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
+        if bad := set(self.detach)-set('AVP'):
+            raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
+        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1):
+            raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
 # %% ../nbs/20_sasformer.ipynb #83f045cc
 DISTANCES = dict(
@@ -236,7 +249,8 @@ class TEL(Method):
     def check(self):
         not_negative(self, 'weight')
         positive(self, 'sigma')
-        if not self.trees or set(self.trees)-{'low', 'high'}: raise ValueError(f"trees={','.join(self.trees)}: expected low, high or low,high")
+        if not self.trees or set(self.trees)-{'low', 'high'}:
+            raise ValueError(f"trees={','.join(self.trees)}: expected low, high or low,high")
 
     def callbacks(self):
         from sasformer.tel import TreeEnergyLoss

@@ -17,7 +17,8 @@ def _pieces(n, N, M, most):
     "A map (n, N, M) in pieces of at most `most` numbers: slices of heads, slices of rows"
     rows = max(1, min(N, most//M))
     heads = max(1, most//(M*rows))
-    return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows))) for i in range(0, n, heads) for j in range(0, N, rows)]
+    return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows))) for i in range(0, n, heads)
+            for j in range(0, N, rows)]
 
 def _space(pieces, M, like):
     "Memory for the largest of `pieces`, as a function that gives the part for one of them"
@@ -106,7 +107,9 @@ class _Attention(torch.autograd.Function):
         for gy, p, product in [o for task, *o in m.more if task == torch._C._current_graph_task_id()]:
             if product is not None: products.append(product.memory)
             else: g, v = (torch.cat([t, o[:,None].expand(-1, H, -1, -1)], -1) for t, o in ((g, gy), (v, p)))
-        kept, more = None if m.memory is None else m.memory.flatten(0, 1), functools.reduce(torch.add, products) if products else None
+        kept, more = None if m.memory is None else m.memory.flatten(0,
+                                                                    1), functools.reduce(torch.add,
+                                                                                         products) if products else None
         gradients = _backward(*(t.flatten(0, 1) for t in (q, k, v, g)), D, m.scale, kept, more)
         m.forget()
         m.more.clear()
@@ -135,12 +138,15 @@ def _sums(maps, sampled, out=None, most=2**20):
     qs, kept = [m.q[:,:,sampled] for m in maps], all(m.memory is not None for m in maps)
     (B, H, N, _), M = qs[0].shape, maps[0].k.shape[2]
     pieces = _pieces(B, N, M if kept else H*M, most)
-    space, part = _space(pieces, M, qs[0].new_empty(0, dtype=torch.float32)), None if kept else _space(pieces, H*M, qs[0])
+    space, part = _space(pieces, M,
+                         qs[0].new_empty(0, dtype=torch.float32)), None if kept else _space(pieces, H*M, qs[0])
     for b, r in pieces:
         total = space(b, r).zero_()
         for m, q in zip(maps, qs):
             if m.memory is not None: A = m.memory[b,:,sampled][:,:,r]
-            else: A = _softmax_scores(q[b,:,r].flatten(0, 1), m.k[b].flatten(0, 1), m.scale, part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1, H))
+            else:
+                A = _softmax_scores(q[b,:,r].flatten(0, 1), m.k[b].flatten(0, 1), m.scale,
+                                    part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1, H))
             for head in A.unbind(1): total += head
         if out is None: yield b, r, total.to(qs[0].dtype)
         else: yield b, r, out[b,r].copy_(total)
@@ -181,7 +187,8 @@ class _PropagateKept(torch.autograd.Function):
         if any(ctx.needs_input_grad[3:]):
             n, product = ctx.maps[0].q.shape[2], _product(ctx.maps[0], ctx.sampled, g, ctx.v)
             if product is None and g.shape[1] < n:
-                g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.sampled.start, ctx.sampled.stop, ctx.sampled.step)
+                g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.sampled.start, ctx.sampled.stop,
+                                        ctx.sampled.step)
             for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.v, product))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
@@ -192,7 +199,8 @@ def propagate_kept(
     attn_grad:bool=True,         # Does the attention get a gradient?
 )->Tensor:                   # Spread scores, (B, R, C), computed in the precision of the queries
     "Mean over layers and heads of the attention times `p` (eq. 4)"
-    return _PropagateKept.apply([m for m,_ in maps], sampled, p, *[token if attn_grad else token.detach() for _,token in maps])
+    return _PropagateKept.apply([m for m,_ in maps], sampled, p,
+                                *[token if attn_grad else token.detach() for _,token in maps])
 
 # %% ../nbs/13_quick.ipynb #52431330
 class QuickAttention(TorchFunctionMode):
@@ -205,13 +213,15 @@ class QuickAttention(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and len(args) >= 3 and self._takes(*args, **kwargs): return self._attend(*args[:3], kwargs.get('scale'))
+        if func is F.scaled_dot_product_attention and len(args) >= 3 and self._takes(*args, **kwargs):
+            return self._attend(*args[:3], kwargs.get('scale'))
         return func(*args, **kwargs)
 
     def _takes(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or torch.compiler.is_compiling(): return False
         plain = q.device.type == 'cpu' and q.dim() == 4 and q.numel() > 0 and k.numel() > 0 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype
-        recorded_in_float32 = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled() and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
+        recorded_in_float32 = getattr(recording, 'layer',
+                                      None) is not None and torch.is_grad_enabled() and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
         return plain and (q.dtype == torch.bfloat16 or recorded_in_float32)
 
     def _attend(self, q, k, v, scale):
@@ -224,4 +234,5 @@ class QuickAttention(TorchFunctionMode):
 
 def can_be_quick(model)->bool:
     "Is `model` neither compiled nor checkpointed by timm?"
-    return not any(getattr(m, 'grad_checkpointing', False) or hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules())
+    return not any(getattr(m, 'grad_checkpointing', False) or hasattr(m, '_orig_mod')
+                   or m._compiled_call_impl is not None for m in model.modules())

@@ -48,7 +48,8 @@ def counted_positions(
     (H, W), (h, w) = target.shape[1:], size
     if H%h == W%w == 0: t = target[:,::H//h,::W//w].flatten(1)
     else:   # resizing the whole map would convert every label
-        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m, mode='nearest')[0,0].long() for n, m in ((H, h), (W, w)))
+        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m,
+                              mode='nearest')[0,0].long() for n, m in ((H, h), (W, w)))
         t = target[:,y[:,None],x].flatten(1)
     return t == UNLABELLED if positions == 'unlabelled' else t != PADDING
 
@@ -85,7 +86,8 @@ def _distance(form, y, p):
     return DISTANCES[form.distance](y, p)
 
 # %% ../nbs/20_sasformer.ipynb #c7a9013d
-_EXP = np.polynomial.Chebyshev.interpolate(np.exp, 6, [0, 1]).convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
+_EXP = np.polynomial.Chebyshev.interpolate(np.exp, 6,
+                                           [0, 1]).convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = _EXP
 
 @compiled
@@ -176,12 +178,14 @@ def affinity_loss(
     if not blocks: raise ValueError("The attention tap has recorded nothing: was the model run while it was on?")
     chosen = [b+1 for b in sorted(blocks)] if form.blocks is None else form.blocks
     if missing := [b for b in chosen if b-1 not in blocks]:
-        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, not {missing}")
+        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, "
+                         f"not {missing}")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays, to compare with
         scores = logits if form.scores == 'logits' else logits.softmax(1)
         resized = functools.cache(partial(_resized, scores))   # blocks share sizes
-        sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagation) for b in chosen], max(1, num_distrib())
+        sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagation)
+                           for b in chosen], max(1, num_distrib())
         return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
 
 def combine(terms:dict, over_blocks:str='mean')->Tensor:

@@ -58,7 +58,8 @@ def combine(self:LossTerm,
     return torch.stack(list(terms.values())).sum()
 
 @patch
-def leave(self:LossTerm): "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
+def leave(self:LossTerm):
+    "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
 
 # %% ../nbs/19_terms.ipynb #d9f3b2e1
 @patch(as_prop=True)
