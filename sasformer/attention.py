@@ -36,7 +36,8 @@ _works = ('MiT (mit_*), PVTv2 (pvt_v2_*), ViT, DeiT and DINOv2 (vit_*, deit_*; t
 def _find_transformer(model):
     "The one timm transformer inside `model`, which may be wrapped (features_only, a segmenter, DDP)"
     def is_pyramid(m):
-        return 'patch_embed' in m._modules and any(isinstance(s, PyramidVisionTransformerStage) for s in m.modules())
+        return ('patch_embed' in m._modules
+                and any(isinstance(s, PyramidVisionTransformerStage) for s in m.modules()))
     found = [m for m in model.modules() if isinstance(m, (VisionTransformer, Eva)) or is_pyramid(m)]
     if len(found) == 1: return found[0]
     if found:
@@ -108,8 +109,8 @@ def on(self:AttentionTap):
     transformer, pyramid = self._transformer, not isinstance(self._transformer, (VisionTransformer, Eva))
     self._listen(transformer.patch_embed, self._start, before=True)
     if not pyramid:
-        self._listen(transformer.patch_embed.proj, lambda args, kwargs,
-                     out: self._seen.update(grid=tuple(out.shape[-2:])))
+        def note_grid(args, kwargs, out): self._seen.update(grid=tuple(out.shape[-2:]))
+        self._listen(transformer.patch_embed.proj, note_grid)
     for attn, block in self._attention: (self._hook_pyramid if pyramid else self._hook_vit)(attn, block)
     return self
 
@@ -191,7 +192,7 @@ def _hook_vit(self:AttentionTap, attn, block):
 
 # %% ../nbs/12_attention.ipynb #d89df7a9
 def _weights(layer, rows=slice(None)):
-    "Attention of one layer between tokens of the image, in float32 (float64 stays) whatever autocast says, (B, heads, rows, M')"
+    "Attention of one layer between tokens of the image, always in float32 (float64 stays), (B, heads, rows, M')"
     q, k = (x[:, :, layer.prefix:].to(torch.promote_types(x.dtype, torch.float32)) for x in (layer.q, layer.k))
     with torch.autocast(q.device.type, enabled=False):
         return (q[:, :, rows] * layer.scale @ k.transpose(-2, -1)).softmax(-1)

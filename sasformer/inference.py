@@ -62,13 +62,13 @@ def predict_logits(
     model:nn.Module,   # Gives scores (B, C, h, w), at any stride
     x:torch.Tensor,    # Normalised images, (B, 3, H, W)
     size:tuple=None,   # (H, W) of the scores, default that of `x`
-    multiple:int=1,    # Pad height and width (with the mean colour, right and below) to a multiple of this, and to at least 32
+    multiple:int=1,    # Pad height and width (mean colour, right and below) to a multiple of this, at least 32
     window=None,       # Side, or (height, width), of a sliding window; whole image if not given
     overlap:float=.5,  # Share of a window that the next one covers again
     dtype=None,        # `torch.bfloat16` or `torch.float16` to run in mixed precision
     device=None,       # Move model and images there; default where the model is
 )->torch.Tensor:       # Scores (B, C, *size), float32
-    "Scores of a batch in evaluation mode, resized (bilinear), as everywhere in segmentation before the largest is taken"
+    "Scores of a batch in evaluation mode, resized (bilinear), as everywhere before the largest is taken"
     if device is not None: model.to(device)
     x = x.to(next(model.parameters()).device, memory_format=torch.channels_last)
     if window is not None:
@@ -217,17 +217,16 @@ class FolderReport:
     masks:dict    # Image → mask written for it
     skipped:dict  # File → why nothing was written for it
     def __str__(self):
-        return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + ''.join(f'\n  {p}: {why}'
-                                                                                               for p, why in self.skipped.items())
+        reasons = ''.join(f'\n  {p}: {why}' for p, why in self.skipped.items())
+        return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + reasons
 
 # %% ../nbs/32_inference.ipynb #58cb0089
 def _find_images(images, on_error):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
-    files = sorted(Path(images).iterdir()) if folder else [Path(images)] if isinstance(images,
-                                                                                       (str, Path)) else [Path(f)
-                                                                                                          for f in images]
+    if folder: files = sorted(Path(images).iterdir())
+    else: files = [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
     def problem(f):
         try: open_image(f)
         except (ValueError, OSError) as e: return e
@@ -312,5 +311,6 @@ def predict_folder(self:Learner,
     "`predict_folder` with the learner's model and the colours and names of the `Source` it was trained on"
     src = getattr(self.dls.train.dataset, 'src', None)
     if src is not None:
-        palette, classes = src.palette if palette is None else palette, src.classes if classes is None else classes
+        palette = src.palette if palette is None else palette
+        classes = src.classes if classes is None else classes
     return predict_folder(self.model, images, out, palette, classes, **kw)

@@ -46,11 +46,12 @@ class ConfusionMatrix:
         target:torch.Tensor,  # Class ids with 254 and 255, (B, H, W)
     ):
         "Count a batch"
-        pred, target = torch.as_tensor(pred).as_subclass(torch.Tensor), torch.as_tensor(target).as_subclass(torch.Tensor)
+        pred = torch.as_tensor(pred).as_subclass(torch.Tensor)
+        target = torch.as_tensor(target).as_subclass(torch.Tensor)
         n = self.n_classes
         if pred.is_floating_point() and (pred.ndim != target.ndim+1 or pred.shape[1] != n):
-            raise ValueError(f'scores of shape {tuple(pred.shape)}: expected (B, {n}, h, '
-                             f'w) for targets {tuple(target.shape)}')
+            raise ValueError(f'scores of shape {tuple(pred.shape)}: '
+                             f'expected (B, {n}, h, w) for targets {tuple(target.shape)}')
         pred = to_labels(pred, target.shape[-2:])
         if pred.shape != target.shape:
             raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
@@ -100,7 +101,8 @@ def miou(self:ConfusionMatrix): "Mean of `iou` over the classes that occur"; ret
 def mean_dice(self:ConfusionMatrix): "Mean of `dice` over the classes that occur"; return self.dice.nanmean().item()
 @patch(as_prop=True)
 def mean_accuracy(self:ConfusionMatrix):
-    "Mean of `recall` over the classes that targets have"; return self.recall.nanmean().item()
+    "Mean of `recall` over the classes that targets have"
+    return self.recall.nanmean().item()
 @patch(as_prop=True)
 def pixel_accuracy(self:ConfusionMatrix):
     "Share of pixels that are right"
@@ -125,7 +127,7 @@ def _checked_groups(groups, n):
 @patch
 def group_iou(self:ConfusionMatrix,
     groups:dict,  # Name → ids of its classes, such as `Source.groups` gives
-)->dict:          # Name → mean of `iou` over its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
+)->dict:          # Name → mean `iou` of its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
     "mIoU by groups of classes"
     iou = self.iou
     means = {name: iou[list(ids)].nanmean().item() for name, ids in _checked_groups(groups, self.n_classes).items()}
@@ -162,7 +164,7 @@ class _Shared(Metric):
 
 # %% ../nbs/30_metrics.ipynb #8a50d530
 class SegmentationMetrics:
-    "Metrics for a fastai `Learner` that share one confusion matrix per epoch: `Learner(…, metrics=SegmentationMetrics(11))`"
+    "Metrics for a `Learner` that share one confusion matrix per epoch: `Learner(…, metrics=SegmentationMetrics(11))`"
     def __init__(self,
         n_classes:int,                                          # Number of classes
         names=('miou', 'pixel_accuracy', 'mean_accuracy'),      # Properties of `ConfusionMatrix` to report
@@ -179,7 +181,7 @@ class SegmentationMetrics:
     def reset(self): self.confusion.reset(); self._total = None
 
     def accumulate(self, learn):
-        "Count the learner's current batch, without the samples that a distributed loader repeats to fill its last batch"
+        "Count the learner's batch, without the samples that a distributed loader repeats to fill its last batch"
         pred, target = learn.pred, learn.y[0] if isinstance(learn.y, tuple) else learn.y   # the label map comes first
         dl = getattr(learn, 'dl', None)
         if all(hasattr(dl, o) for o in ('n', 'n_padded', 'i', 'rank', 'world_size')):

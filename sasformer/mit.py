@@ -68,7 +68,7 @@ _schemes = {           # scheme → name of the first tensor, renaming to timm's
 # %% ../nbs/10_mit.ipynb #4d313fbd
 def mit_names(
     state:dict,  # Tensors by name, in any of the known schemes
-)->tuple:        # The scheme; the encoder's tensors (and the classifier's, if any) under timm's names; names of all other tensors
+)->tuple:        # Scheme; tensors of the encoder (and classifier, if any) by timm's names; names of all other tensors
     "Rename the tensors of a MiT checkpoint to timm's names"
     for scheme, (first, rules) in _schemes.items():
         start = [n for n in state if n == first or n.endswith('.' + first)]
@@ -141,22 +141,28 @@ def _create_mit(name, pretrained=False, **kwargs):
 # %% ../nbs/10_mit.ipynb #73a3c80a
 @register_model
 def mit_b0(pretrained=False, **kwargs):
-    "MiT-B0, 3.3 M parameters without classifier";  return _create_mit('mit_b0', pretrained, **kwargs)
+    "MiT-B0, 3.3 M parameters without classifier"
+    return _create_mit('mit_b0', pretrained, **kwargs)
 @register_model
 def mit_b1(pretrained=False, **kwargs):
-    "MiT-B1, 13.2 M parameters without classifier"; return _create_mit('mit_b1', pretrained, **kwargs)
+    "MiT-B1, 13.2 M parameters without classifier"
+    return _create_mit('mit_b1', pretrained, **kwargs)
 @register_model
 def mit_b2(pretrained=False, **kwargs):
-    "MiT-B2, 24.2 M parameters without classifier"; return _create_mit('mit_b2', pretrained, **kwargs)
+    "MiT-B2, 24.2 M parameters without classifier"
+    return _create_mit('mit_b2', pretrained, **kwargs)
 @register_model
 def mit_b3(pretrained=False, **kwargs):
-    "MiT-B3, 44.1 M parameters without classifier"; return _create_mit('mit_b3', pretrained, **kwargs)
+    "MiT-B3, 44.1 M parameters without classifier"
+    return _create_mit('mit_b3', pretrained, **kwargs)
 @register_model
 def mit_b4(pretrained=False, **kwargs):
-    "MiT-B4, 60.8 M parameters without classifier"; return _create_mit('mit_b4', pretrained, **kwargs)
+    "MiT-B4, 60.8 M parameters without classifier"
+    return _create_mit('mit_b4', pretrained, **kwargs)
 @register_model
 def mit_b5(pretrained=False, **kwargs):
-    "MiT-B5, 81.4 M parameters without classifier"; return _create_mit('mit_b5', pretrained, **kwargs)
+    "MiT-B5, 81.4 M parameters without classifier"
+    return _create_mit('mit_b5', pretrained, **kwargs)
 
 # %% ../nbs/10_mit.ipynb #3b662e5e
 def check_hub(
@@ -165,18 +171,17 @@ def check_hub(
 ):
     "Raises `ConnectionError` if weights lie neither in this machine's cache nor within reach, with the way out"
     names = 'model.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors'
-    if any(isinstance(try_to_load_from_cache(repo_id.partition('@')[0], n), str)
-           for n in names) or urllib.request.getproxies():
-        return
+    cached = any(isinstance(try_to_load_from_cache(repo_id.partition('@')[0], n), str) for n in names)
+    if cached or urllib.request.getproxies(): return
     host = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
         if constants.HF_HUB_OFFLINE: raise OSError('HF_HUB_OFFLINE is set')
         socket.create_connection((host.hostname, host.port or (443 if host.scheme == 'https' else 80)), timeout).close()
     except OSError as e:
+        file = f"{constants.ENDPOINT}/{repo_id.partition('@')[0]}/resolve/main/model.safetensors"
         raise ConnectionError(f"{repo_id}: these weights are not in the cache of this machine, "
-                              f"and {constants.ENDPOINT} cannot be reached ({e}). "
-                              "Where there is a network, fetch "
-                              f"{constants.ENDPOINT}/{repo_id.partition('@')[0]}/resolve/main/model.safetensors "
+                              f"and {constants.ENDPOINT} cannot be reached ({e}). Where there is a network, "
+                              f"fetch {file} "
                               "(or pytorch_model.bin), and give the path of that file as the weights") from None
 
 # %% ../nbs/10_mit.ipynb #a5d426f5
@@ -192,8 +197,8 @@ def _read(source):
         files = [path/n for n in ('model.safetensors', 'pytorch_model.bin') if (path/n).is_file()]
         if not files: raise FileNotFoundError(f'{path}: expected model.safetensors or pytorch_model.bin in this folder')
         path = files[0]
-    is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?',
-                             str(source)) and path.suffix not in ('.safetensors', '.pth', '.pt', '.bin')
+    is_file_name = path.suffix in ('.safetensors', '.pth', '.pt', '.bin')
+    is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', str(source)) and not is_file_name
     if not (path.is_file() or is_hub_id):
         raise FileNotFoundError(f'{source}: no such file, and no hub id either (expected owner/name)')
     try:

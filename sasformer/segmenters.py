@@ -20,7 +20,7 @@ from .ltf import LTFDecoder
 
 # %% ../nbs/11_segmenters.ipynb #8da474ee
 class SegformerDecoder(nn.Module):
-    "SegFormer's all-MLP decoder (Xie et al., arXiv 2105.15203, eq. 4): one linear layer per level, then two over their concatenation"
+    "SegFormer's decoder (Xie et al., arXiv 2105.15203, eq. 4): a linear layer per level, two over their concatenation"
     def __init__(self,
         channels:list,       # Channels of the backbone's levels, finest first
         n_classes:int,       # Classes to score
@@ -43,19 +43,21 @@ class SegformerDecoder(nn.Module):
         if len(feats) != len(self.project):
             raise ValueError(f'expected {len(self.project)} levels of features, got {len(feats)}')
         size = max((f.shape[-2:] for f in feats), key=lambda s: s[0]*s[1])
-        # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under autocast:
-        # the product is tiny, and rounding it twice would cost accuracy for nothing
+        # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under
+        # autocast: the product is tiny, and rounding it twice would cost accuracy for nothing
         with torch.autocast(feats[0].device.type, enabled=False):
             slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
             weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
             bias = sum(s @ p.bias for s, p in zip(slices, self.project))
         by_size = {}
         for f, w in zip(feats, weights):
-            # channels last, which timm's features are not: a 1×1 convolution is then one product; a constant is its own upsampling: add it once
+            # channels last, which timm's features are not: a 1×1 convolution is then one product;
+            # a constant is its own upsampling: the bias is added once
             y = F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None],
                          bias if f is feats[0] else None)
             s = y.shape[-2:]
-            by_size[s] = by_size[s].add_(y) if s in by_size else y              # new memory would cost more than the sum
+            # added in place: new memory would cost more than the sum
+            by_size[s] = by_size[s].add_(y) if s in by_size else y
         x = by_size.pop(size)
         for y in by_size.values(): x.add_(F.interpolate(y, size, mode='bilinear', align_corners=False))
         return x
@@ -87,7 +89,7 @@ class ASPP(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #4ca3bd54
 class DeepLabV3PlusDecoder(nn.Module):
-    "DeepLabV3+'s decoder (Chen et al., arXiv 1802.02611, fig. 2): ASPP of the coarsest level, refined beside the finest"
+    "DeepLabV3+'s decoder (Chen et al., arXiv 1802.02611, fig. 2): ASPP of the coarsest level, refined with the finest"
     def __init__(self,
         channels:list,      # Channels of the levels, finest first; those between first and last are not used
         n_classes:int,      # Classes to score
@@ -104,8 +106,8 @@ class DeepLabV3PlusDecoder(nn.Module):
 
     def forward(self, feats):
         fine = self.skip(feats[0])
-        return self.classify(self.dropout(self.refine(torch.cat([_resize(self.aspp(feats[-1]), fine.shape[-2:]), fine],
-                                                                1))))
+        coarse = _resize(self.aspp(feats[-1]), fine.shape[-2:])
+        return self.classify(self.dropout(self.refine(torch.cat([coarse, fine], 1))))
 
 # %% ../nbs/11_segmenters.ipynb #a77981fa
 class HRNetDecoder(nn.Module):
@@ -154,7 +156,7 @@ class SETRDecoder(_LastLevel):
     ): super().__init__(_conv(channels[-1], dim), dim, n_classes, dropout)
 
 class SETRPUPDecoder(_LastLevel):
-    "SETR's progressive upsampling (Zheng et al., arXiv 2012.15840, fig. 1b) without the last doubling: eight times the patches' resolution"
+    "SETR's progressive upsampling (Zheng et al., fig. 1b) but the last doubling: eight times the patches' resolution"
     def __init__(self,
         channels:list,     # Channels of the levels; the last is used
         n_classes:int,     # Classes to score
@@ -218,7 +220,7 @@ class MaskTransformer(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #5ae389b5
 class Segmenter(nn.Module):
-    "A backbone that gives a list of features and a decoder that turns them into class scores (B, n_classes, h, w), not upsampled except where padding was needed"
+    "A backbone's list of features, decoded to scores (B, n_classes, h, w), upsampled only where padding was needed"
     def __init__(self,
         backbone:nn.Module,  # A `features_only` model of timm
         decoder:nn.Module,   # Maps its list of features, finest first, to scores; its last layer is `classify`
@@ -229,7 +231,7 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         store_attr()
-        self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); never used in `forward`
+        self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); not used in `forward`
 
     def forward(self, x):
         h, w = x.shape[-2:]
@@ -251,8 +253,7 @@ decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, 
 _vits = ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva')
 _modules = dict(dict.fromkeys(('segmenter', 'linear', 'setr', 'setrpup'), _vits), hrnet=('hrnet',), deeplabv3plus=(
     'byobnet', 'convnext', 'cspnet', 'cspnext', 'efficientnet', 'inception_next', 'mobilenetv3', 'nfnet', 'regnet',
-                                                                                                                   'res2net',
-    'resnest', 'resnet', 'resnetv2', 'rexnet', 'sknet', 'xception_aligned'))
+    'res2net', 'resnest', 'resnet', 'resnetv2', 'rexnet', 'sknet', 'xception_aligned'))
 
 def list_segmenters(
     filter:str='*',   # Shell pattern for the backbone's name, for example 'mit_*'
@@ -267,8 +268,8 @@ def _split_name(name):
     if decoder not in decoders or not timm.is_model(backbone):
         near = difflib.get_close_matches(name, list_segmenters(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `list_segmenters()`"
-        raise ValueError(f"no segmenter {name!r}: names are '<decoder>_<timm model>' with a decoder of "
-                         f"{list(decoders)}; {hint}")
+        raise ValueError(f"no segmenter {name!r}: "
+                         f"names are '<decoder>_<timm model>' with a decoder of {list(decoders)}; {hint}")
     if decoder in _modules and not is_model_in_modules(backbone, _modules[decoder]):
         raise ValueError(f"no segmenter {name!r}: {decoder} takes models of timm's {', '.join(_modules[decoder])}, "
                          f"and {backbone} is none of them")
@@ -301,10 +302,11 @@ def _backbone(decoder, name, pretrained, **kw):
     hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
     if hub: mit.check_hub(hub)
     try:
-        return _last_layer(name, pretrained,
-                           **kw) if _modules.get(decoder) == _vits else _pyramid(decoder, name, pretrained, **kw)
+        if _modules.get(decoder) == _vits: return _last_layer(name, pretrained, **kw)
+        return _pyramid(decoder, name, pretrained, **kw)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: {type(e).__name__}: {e}') from e
+        raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: '
+                         f'{type(e).__name__}: {e}') from e
 
 # %% ../nbs/11_segmenters.ipynb #53359046
 def create_segmenter(
@@ -314,7 +316,7 @@ def create_segmenter(
     weights:str=None,       # Or load the backbone's weights from this file (or hub id for MiT)
     decoder_dim:int=None,   # Channels inside the decoder, default the decoder's own (`linear` has none)
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
-    **kw,                   # To the backbone: `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`…
+    **kw,                   # To the backbone: `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, …
 )->Segmenter:               # In training mode
     "A segmenter by name"
     decoder, backbone = _split_name(name)
