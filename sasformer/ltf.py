@@ -48,7 +48,7 @@ class RefineResidual(nn.Module):
 
 # %% ../nbs/08_ltf.ipynb #380b9f14
 class LTFDecoder(nn.Module):
-    "An FPN whose top-down steps are tree filters (Song et al., arXiv 1909.12513; Liang et al., arXiv 2203.10739)"
+    "Learnable tree filter network: an FPN whose top-down steps are tree filters (arXiv 1909.12513 and 2203.10739)"
     def __init__(self,
         channels:list,     # Channels of the backbone's levels, finest first
         n_classes:int,     # Classes to score

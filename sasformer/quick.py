@@ -115,7 +115,7 @@ class _Attention(torch.autograd.Function):
         return *(t.unflatten(0, (B, H)) for t in gradients), None
 
 def _backward(q, k, v, g, D, scale, attn, more=None, most=2**20):
-    "Gradients to q, k, the first `D` columns of v, (B·heads, ·, ·); `more`, (B, N, M'), goes to each map's gradient too"
+    "Gradients to q, k, the first `D` columns of v, (B·heads, ·, ·); `more`, (B, N, M'), goes to each map's gradient"
     gq, gk, gv, M = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v[...,:D]), k.shape[1]
     pieces = _pieces(*q.shape[:2], M, most)
     image = None if more is None else torch.arange(len(q))//(len(q)//len(more))   # of each head
