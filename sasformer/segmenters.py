@@ -156,7 +156,7 @@ class SETRDecoder(_LastLevel):
     ): super().__init__(_conv(channels[-1], dim), dim, n_classes, dropout)
 
 class SETRPUPDecoder(_LastLevel):
-    "SETR's progressive upsampling (arXiv 2012.15840, fig. 1b) without the last doubling: 8 times the patches' resolution"
+    "SETR's progressive upsampling (arXiv 2012.15840, fig. 1b) without the last doubling: 8 times the patches' size"
     def __init__(self,
         channels:list,     # Channels of the levels; the last is used
         n_classes:int,     # Classes to score
@@ -316,7 +316,7 @@ def create_segmenter(
     weights:str=None,       # Or load the backbone's weights from this file (or hub id for MiT)
     decoder_dim:int=None,   # Channels inside the decoder, default the decoder's own (`linear` has none)
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
-    **kw,                   # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`…
+    **kw,                   # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`
 )->Segmenter:               # In training mode
     "A segmenter by name"
     decoder, backbone = _split_name(name)
