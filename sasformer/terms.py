@@ -17,7 +17,7 @@ class LossTerm(Callback):
     "Adds weight · (sum of terms) to the loss of a `Learner`, and keeps the terms' means by epoch"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
-    sample_order = None    # A function of the training data set that gives the order of an epoch, where a method needs its own
+    sample_order = None    # A function of the training data set that gives the order of an epoch, where one is needed
     auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train
 
     def __init__(self,
@@ -58,13 +58,15 @@ def combine(self:LossTerm,
     return torch.stack(list(terms.values())).sum()
 
 @patch
-def leave(self:LossTerm): "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
+def leave(self:LossTerm):
+    "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
 
 # %% ../nbs/19_terms.ipynb #d9f3b2e1
 @patch(as_prop=True)
 def logits(self:LossTerm)->Tensor:
     "The prediction before the softmax, (B, C, h, w), float32"
-    p = self.pred if type(self.pred) is Tensor else self.pred.as_subclass(Tensor)   # an alias would regroup the sum of gradients
+    # an alias would regroup the sum of gradients
+    p = self.pred if type(self.pred) is Tensor else self.pred.as_subclass(Tensor)
     return p.float()
 
 @patch(as_prop=True)
