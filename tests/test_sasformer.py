@@ -36,7 +36,9 @@ def threads(request):
     torch.set_num_threads(n)
 
 
-@pytest.mark.parametrize('kw', [{}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6, 5)), dict(q_size=(96, 80), k_size=(24, 20), heads=5, B=2)])
+@pytest.mark.parametrize('kw', [
+    {}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6, 5)),
+    dict(q_size=(96, 80), k_size=(24, 20), heads=5, B=2)])
 def test_equals_maps(threads, kw):
     c = case(**kw)
     close(value_and_gradients(*c), value_and_gradients(*c, propagation=maps))
@@ -130,7 +132,9 @@ def test_tap_is_empty_before_the_backward_pass():
     assert seen == [(0, 4)]   # four terms were computed, and nothing is held
 
 
-@pytest.mark.parametrize('shape,size', [((251, 333), (64, 64)), ((251, 333), (37, 51)), ((251, 333), (7, 300)), ((256, 320), (64, 80)), ((256, 320), (32, 300))])
+@pytest.mark.parametrize('shape,size', [
+    ((251, 333), (64, 64)), ((251, 333), (37, 51)), ((251, 333), (7, 300)),
+    ((256, 320), (64, 80)), ((256, 320), (32, 300))])
 def test_counted_rows_are_the_nearest(shape, size):
     target = torch.where(torch.rand(2, *shape) < .3, 7, UNLABELLED)
     target[:,100:] = PADDING
