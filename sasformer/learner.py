@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast',
            'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed',
-           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'sparse_learner', 'save_segmenter',
-           'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
+           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'UseSampleOrder', 'sparse_learner',
+           'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
-import csv, io, sys, json, math, time
+import csv, inspect, io, json, math, re, sys, time
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
 from torch import Tensor
@@ -266,6 +266,52 @@ class SparseLearner(Learner):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+# %% ../nbs/31_learner.ipynb #31a0c002
+class UseSampleOrder(Callback):
+    "The training samples in the order that a method needs, during a fit"
+    def __init__(self, of_epoch): self.of_epoch, self.old = of_epoch, None   # Training data set → indices of an epoch
+    def before_fit(self):
+        if self.dls.train.order is not None:
+            raise ValueError("the training loader has an order of its own, and the method needs another")
+        self.dls.train.order = self.of_epoch
+    def after_fit(self):
+        if self.dls.train.order is self.of_epoch: self.dls.train.order = None
+    def release(self): self.after_fit()
+
+def _sample_order(methods):
+    "The order that one of the methods needs; None: the loader's"
+    needing = [cb for cb in methods if getattr(cb, 'sample_order', None) is not None]
+    if len(needing) > 1:
+        names = ' and '.join(type(cb).__name__ for cb in needing)
+        raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
+    return needing[0].sample_order if needing else None
+
+def _callbacks(seed, channels_last, precision, validate_every, order):
+    "What a learner needs beside its method"
+    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
+    if channels_last: callbacks.append(ChannelsLast())
+    if precision == 'bf16': callbacks.append(Autocast())
+    if precision == 'fp16': callbacks.append(MixedPrecision())
+    if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if n_processes() > 1: callbacks.append(Distributed())
+    if order is not None: callbacks.append(UseSampleOrder(order))
+    return callbacks
+
+# %% ../nbs/31_learner.ipynb #31a0c004
+def _takes(f, but): return ', '.join(name for name in inspect.signature(f).parameters if name not in but)
+
+def _unknown(argument, more):
+    return f"sparse_learner has no argument {argument!r}: it takes {_takes(sparse_learner, ('kwargs',))}; and {more}"
+
+def _segmenter(name, n_classes, kwargs):
+    "A segmenter by name, or an error that names the argument that nobody takes"
+    try: return create_segmenter(name, n_classes, **kwargs)
+    except ValueError as e:
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+        if not wrong or wrong[1] not in kwargs: raise
+        own = _takes(create_segmenter, ('name', 'n_classes', 'kw'))
+        raise ValueError(_unknown(wrong[1], f"for create_segmenter {own} and what timm's {name.partition('_')[2]} takes")) from None
+
 # %% ../nbs/31_learner.ipynb #19e205fe
 def sparse_learner(
     dls:DataLoaders,           # From `sparse_dataloaders`
@@ -287,28 +333,26 @@ def sparse_learner(
     if opt not in OPTIMISERS: raise ValueError(f"opt={opt!r}: expected one of {', '.join(OPTIMISERS)}")
     machine = this_machine(dls.device or 'cpu', precision)
     if isinstance(method, str): method = [cb for m in parse_method(method).values() for cb in m.callbacks()]
+    order = _sample_order([*L(method), *L(cbs)])
     src = dls.train.dataset.src
     if isinstance(model, str):
         torch.manual_seed(seed)
-        model = create_segmenter(model, len(src.classes), **kwargs)
+        model = _segmenter(model, len(src.classes), kwargs)
+    elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
     if dls.device is not None: model.to(dls.device)
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
-    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
-    if channels_last: callbacks.append(ChannelsLast())
-    if machine.precision == 'bf16': callbacks.append(Autocast())
-    if machine.precision == 'fp16': callbacks.append(MixedPrecision())
-    if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
-    if n_processes() > 1: callbacks.append(Distributed())
+    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
+    group = SegmentationMetrics(len(src.classes), groups=src.groups(dls.train.dataset.annotation))
     learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
-                    metrics=(group := SegmentationMetrics(len(src.classes))).metrics, cbs=callbacks+L(method)+L(cbs))
+                    metrics=group.metrics, cbs=callbacks+L(method)+L(cbs))
     learn.confusion, learn.recorder.loss, learn.precision = group, PixelLoss(), machine.precision
     if not live: learn.remove_cb(ProgressCallback)
     return learn

@@ -30,11 +30,24 @@ class Method:
 
 METHODS = {}   # Name → dataclass of its options
 
+def _check_options(method, cls):
+    "What a class lacks is said where it is declared, not where somebody types its name"
+    if '__dataclass_fields__' not in vars(cls):
+        raise TypeError(f"method {method!r}: {cls.__name__} is no dataclass, write @dataclass below @register_method({method!r})")
+    for f in dataclasses.fields(cls):
+        where = f"method {method!r}: option {f.name}"
+        if f.default is dataclasses.MISSING: raise TypeError(f"{where} needs a default; several values are a tuple")
+        if isinstance(f.type, str):
+            raise TypeError(f"{where} has its type {f.type!r} as text: leave out `from __future__ import annotations`")
+
 def register_method(
     name:str,   # What users type
 ):
-    "Makes a dataclass of options known under `name`"
+    "Makes a dataclass of options known under `name`; when its cell is run again, the new one counts"
+    if not name.isidentifier() or name == 'baseline':
+        raise ValueError(f"method {name!r}: expected a name of letters, digits and _, other than baseline")
     def register(cls):
+        _check_options(name, cls)
         cls.name, METHODS[name] = name, cls
         return cls
     return register
@@ -68,7 +81,8 @@ def kind_of(
     field:dataclasses.Field,  # Of a dataclass
 )->tuple:                     # The type of its values (of the items of a tuple), and whether it is a tuple
     "What a field takes besides `None`"
-    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    either = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(field.type) if either else (field.type,)
     kind = next(t for t in kinds if t is not types.NoneType)
     return (typing.get_args(kind)[0], True) if typing.get_origin(kind) is tuple else (kind, False)
 
@@ -144,7 +158,7 @@ def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
     for name, cls in METHODS.items():
-        notes = docments(cls)
+        notes = {k: v or '(no comment)' for k, v in docments(cls).items()}   # in a notebook Python before 3.13 finds none
         lines += [f'{name}: {cls.__doc__}',
                   *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)

@@ -13,7 +13,7 @@ from fastcore.all import *
 from fastai.vision.all import num_distrib
 from .annotations import UNLABELLED
 from .methods import Method, not_negative, positive, register_method
-from .data import denormalise, global_sum, statistics_of
+from .data import global_sum
 from .terms import LossTerm
 from .treefilter import affinity_to_parent, grid_distances, tree_filter, tree_of
 
@@ -129,8 +129,7 @@ def prepare(self:TreeEnergyLoss):
 @patch
 def _low(self:TreeEnergyLoss, size):
     "The batch's images in [0, 1], at the size of the prediction"
-    x = denormalise(self.x.as_subclass(Tensor).float(), statistics_of(self.bare), 1)
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)
+    return F.interpolate(self.images, size, mode='bilinear', align_corners=False)
 
 @patch
 def _high(self:TreeEnergyLoss, size):

@@ -10,14 +10,14 @@ import math, torch
 from torch import Tensor
 from fastcore.all import *
 from fastai.vision.all import Callback, num_distrib
-from .data import global_sum
+from .data import denormalise, global_sum, statistics_of
 
 # %% ../nbs/19_terms.ipynb #8d9696a7
 class LossTerm(Callback):
     "Adds weight · (sum of terms) to the loss of a `Learner`, and keeps the terms' means by epoch"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
-    sample_order = None    # A function of the training data set that gives the order of an epoch, where one is needed
+    sample_order = None    # A method that needs its own defines `sample_order(self, dataset)`: the indices of an epoch
     auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train
 
     def __init__(self,
@@ -70,6 +70,12 @@ def logits(self:LossTerm)->Tensor:
     return p.float()
 
 @patch(as_prop=True)
+def images(self:LossTerm)->Tensor:
+    "The batch's images in [0, 1], (B, 3, H, W), float32"
+    bare = getattr(self.model, 'module', self.model)
+    return denormalise(self.x.as_subclass(Tensor).float(), statistics_of(bare), 1)
+
+@patch(as_prop=True)
 def label_map(self:LossTerm)->Tensor:
     "Class ids, 255 unlabelled, 254 padding, (B, H, W)"
     return self.learn.yb[0].as_subclass(Tensor)
@@ -112,6 +118,9 @@ def after_create(self:LossTerm): self.check(self.learn)
 @patch
 def before_fit(self:LossTerm):
     self.check(self.learn)
+    if self.sample_order is not None and getattr(self.dls.train, 'order', None) != self.sample_order:
+        raise RuntimeError(f"{type(self).__name__} needs the samples in an order of its own: "
+                           "give it to `sparse_learner`, not to `fit`")
     self.epochs = []
 
 @patch

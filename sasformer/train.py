@@ -55,9 +55,11 @@ def plot_curves(
     "Losses, the terms that the methods add, and mIoU by epoch"
     import matplotlib.pyplot as plt
     known = ('epoch', 'train_loss', 'valid_loss', 'miou', 'pixel_accuracy', 'mean_accuracy', 'lr', 'seconds')
-    terms = list(dict.fromkeys(k for r in rows for k in r if k not in known))
+    others = list(dict.fromkeys(k for r in rows for k in r if k not in known))
+    groups = [k for k in others if k.startswith('miou_')]   # of base and novel classes
+    terms = [k for k in others if k not in groups]
     names = [('losses', ['train_loss', 'valid_loss']), ('added terms', terms),
-             ('validation', ['miou', 'pixel_accuracy'])]
+             ('validation', ['miou', 'pixel_accuracy', *groups])]
     names = [(title, keys) for title,keys in names if keys]
     fig, axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 2.8), dpi=80, layout='constrained')
     for ax, (title, keys) in zip(axs, names):

@@ -154,6 +154,27 @@ def test_hidden_masks_change_no_bit(src):
     assert any(ring in t for t in tags.values())
 
 
+def test_novel_classes_reach_the_metrics(src, tmp_path):
+    "The log of a training, and its curves, have base, novel and harmonic; without novel classes they have not"
+    from matplotlib import pyplot as plt
+    from sasformer.learner import RunFolder
+    from sasformer.train import plot_curves
+    groups, more = src.groups('dense:novel=plain ring'), ['miou_base', 'miou_novel', 'miou_harmonic']
+    def train(annotation, folder):
+        dls = sparse_dataloaders(src, annotation, size=32, bs=4, device='cpu')
+        learn = sparse_learner(dls, 'segformer_mit_b0', decoder_dim=16, cbs=RunFolder(folder))
+        with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
+        return learn
+    learn = train('dense:novel=plain ring', tmp_path/'novel')
+    row, confusion = learn.run_folder.rows[-1], learn.confusion.total()
+    assert [row[k] for k in more] == list(confusion.group_iou(groups).values())
+    assert (tmp_path/'novel/log.csv').read_text().splitlines()[0].startswith('epoch,train_loss,valid_loss,miou,pixel_accuracy,mean_accuracy,'+','.join(more))
+    fig = plot_curves(learn.run_folder.rows)
+    assert {ax.get_title(): {l.get_label() for l in ax.lines} >= set(more) for ax in fig.axes} == dict(losses=False, validation=True)
+    plt.close(fig)
+    assert not set(more) & train('dense', tmp_path/'all').run_folder.rows[-1].keys()
+
+
 # --- the learner
 
 def test_label_map_and_tags_are_targets(src):

@@ -159,6 +159,18 @@ def test_precision(dls):
     assert seen == dict(prepare=True, terms=(False, torch.float32, torch.float32))
 
 
+def test_images(dls):
+    "In [0, 1], whatever the network's normalisation"
+    seen = []
+    class Look(Confidence):
+        def terms(self): seen.append((self.x, self.images)); return super().terms()
+    fit(sparse_learner(dls, 'segformer_mit_b0', Look(), decoder_dim=16))
+    for x, images in seen:
+        assert type(images) is torch.Tensor and images.dtype == torch.float32 and images.shape == x.shape
+        assert (images*255-(images*255).round()).abs().max() < 1e-3 and x.min() < -.5   # bytes they were; the rounding is some 255 eps
+        assert -1e-5 < images.min() and images.max() < 1+1e-5
+
+
 def test_labels_and_tags(dls):
     method = Confidence()
     plain = torch.zeros(2, 4, 4, dtype=torch.long), torch.ones(2, 5)
@@ -166,6 +178,41 @@ def test_labels_and_tags(dls):
     assert method.label_map is not None and method.label_map.shape == (2, 4, 4) and method.tags is None
     method.learn = type('Learn', (), dict(yb=plain))()
     assert torch.equal(method.label_map, plain[0]) and torch.equal(method.tags, plain[1])
+
+
+class Backwards(Confidence):
+    def sample_order(self, dataset): return list(range(len(dataset)))[::-1]
+
+
+def test_sample_order(dls, monkeypatch):
+    "That of the method while its learner trains, interrupted or not, and the loader's own before and after"
+    seen, load = [], dls.train.dataset.load
+    monkeypatch.setattr(dls.train.dataset, 'load', lambda i: seen.append(i) or load(i))
+    learn = sparse_learner(dls, 'segformer_mit_b0', Backwards(), decoder_dim=16)
+    assert dls.train.order is None
+    fit(learn)
+    assert seen == [7, 6, 5, 4, 3, 2, 1, 0] and dls.train.order is None
+    class Stop(Callback):
+        order, run_valid = 50, False
+        def after_loss(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    assert dls.train.order is None
+    seen.clear()
+    fit(sparse_learner(dls, 'segformer_mit_b0', Confidence(), decoder_dim=16))
+    assert sorted(seen) == list(range(8)) and seen != list(range(8))[::-1]
+
+
+def test_sample_order_is_one(dls):
+    with pytest.raises(ValueError, match='Backwards and Backwards each need an order of the samples of their own'):
+        sparse_learner(dls, 'segformer_mit_b0', [Backwards(), Backwards()], decoder_dim=16)
+    learn = sparse_learner(dls, 'segformer_mit_b0', decoder_dim=16)
+    with pytest.raises(RuntimeError, match='give it to `sparse_learner`, not to `fit`'), learn.no_bar(): learn.fit(1, cbs=Backwards())
+    learn = sparse_learner(dls, 'segformer_mit_b0', Backwards(), decoder_dim=16)
+    dls.train.order = mine = lambda dataset: range(8)
+    try:
+        with pytest.raises(ValueError, match='has an order of its own'), learn.no_bar(): learn.fit(1)
+        assert dls.train.order is mine
+    finally: dls.train.order = None
 
 
 def test_values(dls):
