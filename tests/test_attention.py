@@ -131,7 +131,7 @@ def test_affinity_loss_on_vits(name, blocks):
     assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)]
     assert all(v > 0 for v in values.values())
     assert n_hooks(model) == 0
-    with torch.no_grad(), AttentionTap(model, [b - 1 for b in blocks] if blocks else None) as tap: y = model(x)
+    with torch.no_grad(), AttentionTap(model, blocks) as tap: y = model(x)
     p = y.softmax(1).flatten(2).mT
     for layers in tap.blocks.values():
         exact = attention_map(layers) @ p
