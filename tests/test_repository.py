@@ -72,7 +72,8 @@ def test_quickstart_runs_on_any_folder():
     sources = [''.join(c['source']) for c in cells]
     start = next(i for i, s in enumerate(sources) if s.startswith('## Look at it'))
     def names(cells, kind):
-        shown = [''.join(c['source']) for c in cells if c['cell_type'] == 'code' and not c['source'][0].startswith('#| hide')]
+        shown = [''.join(c['source']) for c in cells
+                 if c['cell_type'] == 'code' and not c['source'][0].startswith('#| hide')]
         nodes = list(ast.walk(ast.parse('\n'.join(shown))))
         made = {n.arg for n in nodes if isinstance(n, ast.arg)} if kind is ast.Store else set()
         return made | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
