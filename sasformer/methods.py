@@ -33,7 +33,8 @@ METHODS = {}   # Name → dataclass of its options
 def _check_options(method, cls):
     "What a class lacks is said where it is declared, not where somebody types its name"
     if '__dataclass_fields__' not in vars(cls):
-        raise TypeError(f"method {method!r}: {cls.__name__} is no dataclass, write @dataclass below @register_method({method!r})")
+        raise TypeError(f"method {method!r}: {cls.__name__} is no dataclass, "
+                        f"write @dataclass below @register_method({method!r})")
     for f in dataclasses.fields(cls):
         where = f"method {method!r}: option {f.name}"
         if f.default is dataclasses.MISSING: raise TypeError(f"{where} needs a default; several values are a tuple")
@@ -158,7 +159,8 @@ def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
     for name, cls in METHODS.items():
-        notes = {k: v or '(no comment)' for k, v in docments(cls).items()}   # in a notebook Python before 3.13 finds none
+        # before Python 3.13 a class made in a notebook has none
+        notes = {k: v or '(no comment)' for k, v in docments(cls).items()}
         lines += [f'{name}: {cls.__doc__}',
                   *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
