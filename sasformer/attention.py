@@ -25,7 +25,7 @@ class QK(NamedTuple):
     scale:float    # The attention is softmax(q kᵀ · scale)
     q_size:tuple   # Rows and columns of the image's query tokens, (H, W)
     k_size:tuple   # Rows and columns of the image's key tokens, (H', W')
-    block:int      # Index of the block, from 0: the stage, or the group of layers where there are no stages
+    block:int      # Number of the block, from 1: the stage, or the group of layers where there are no stages
     prefix:int     # Tokens in front of the image's, on both sides (class, registers): M = prefix + H·W
     kept:tuple=None # What `propagate_kept` needs to use the layer's own map again, where `QuickAttention` made it
 
@@ -46,15 +46,15 @@ def _find_transformer(model):
     raise TypeError(f'{type(model).__name__}: queries and keys cannot be read from this model. Works with: {_works}')
 
 def _find_attention(transformer, groups):
-    "Attention modules in order of execution, each with the index of its block"
+    "Attention modules in order of execution, each with the number of its block, from 1"
     if stages := [s for s in transformer.modules() if isinstance(s, PyramidVisionTransformerStage)]:
-        return [(layer.attn, i) for i, s in enumerate(stages) for layer in s.blocks]
+        return [(layer.attn, i) for i, s in enumerate(stages, 1) for layer in s.blocks]
     depth, out = len(transformer.blocks), []
     if not 1 <= groups <= depth: raise ValueError(f'groups is {groups}, expected 1 to {depth}, the number of layers')
     for i, layer in enumerate(transformer.blocks):
         attn = [m for m in layer.modules() if isinstance(m, (Attention, AttentionRope, EvaAttention))]
         if not attn: raise TypeError(f'layers of type {type(layer).__name__} cannot be read. Works with: {_works}')
-        out += [(a, i * groups // depth) for a in attn]
+        out += [(a, i * groups // depth + 1) for a in attn]
     return out
 
 # %% ../nbs/12_attention.ipynb #1b59cc31
@@ -62,24 +62,24 @@ class AttentionTap:
     "Record the queries and keys of every layer of a timm transformer; a context manager, or `on` and `off`"
     def __init__(self,
         model:nn.Module,  # A timm transformer, or a module that holds one (features_only, a segmenter, DDP)
-        blocks=None,      # Indices of the blocks to record, from 0; all of the encoder's if `None`
+        blocks=None,      # Numbers of the blocks to record, from 1; all of the encoder's if `None`
         groups:int=4,     # Blocks into which the layers of a transformer without stages are split
     ):
         self.model, self._handles, self._seen = model, [], {}
         self.layers = []  # `QK` of each layer in the order of execution, of the last forward pass
         self._transformer = _find_transformer(model)
         attention = _find_attention(self._transformer, groups)
-        self.n_blocks = attention[-1][1] + 1   # of the encoder; a mask transformer behind it is the next one
+        self.n_blocks = attention[-1][1]   # of the encoder; a mask transformer behind it is the next one
         self._decoder = next((m for m in model.modules() if isinstance(m, MaskTransformer)), None)
-        if blocks is None: blocks = range(self.n_blocks)
-        if self._decoder is not None: attention += [(layer.attn, self.n_blocks) for layer in self._decoder.blocks]
-        self.available = range(attention[-1][1] + 1)   # indices of all blocks that can be recorded
+        if blocks is None: blocks = range(1, self.n_blocks + 1)
+        if self._decoder is not None: attention += [(layer.attn, self.n_blocks + 1) for layer in self._decoder.blocks]
+        self.available = range(1, attention[-1][1] + 1)   # all blocks that can be recorded
         wrong = [b for b in blocks if b not in self.available]
-        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {self.available[-1]}')
+        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 1 to {self.available[-1]}')
         self._attention = [(a, b) for a, b in attention if b in blocks]
 
     @property
-    def blocks(self)->dict:  # Index of a block → list of `QK`
+    def blocks(self)->dict:  # Number of a block, from 1 → list of `QK`
         "The layers by block"
         return {b: [l for l in self.layers if l.block == b] for b in sorted({l.block for l in self.layers})}
 
@@ -167,7 +167,7 @@ def _hook_pyramid(self:AttentionTap, attn, block):
 @patch
 def _hook_vit(self:AttentionTap, attn, block):
     seen, prefix, suffix = self._seen, self._transformer.num_prefix_tokens, 0
-    if block == self.n_blocks:
+    if block > self.n_blocks:
         prefix, suffix = 0, self._decoder.tokens.shape[1]   # the mask transformer has its class tokens behind
     def start(args, kwargs):
         if kwargs.get('attn_mask') is not None or kwargs.get('is_causal'):

@@ -91,7 +91,7 @@ def attention_case(draw, n):
     model = create_segmenter('segformer_mit_b0', 3).eval().to(x)
     with m.AttentionTap(model) as tap: scores = model(x)
     mean_map = whole_map if x.dtype == torch.float64 else m.attention_map
-    maps = {f'map of block {b+1}': mean_map(layers) for b, layers in tap.blocks.items()}
+    maps = {f'map of block {b}': mean_map(layers) for b, layers in tap.blocks.items()}
     total = scores.square().mean()+sum((a@draw(2, a.shape[2], 3)).square().mean() for a in maps.values())
     image, *weights = torch.autograd.grad(total, [x, *model.parameters()])
     return dict(scores=scores, **maps, image=image, weights=torch.cat([w.flatten() for w in weights]))
@@ -119,7 +119,7 @@ def affinity_inputs(m, draw, n):
     def layer(block, heads, side):
         q, k = draw(2, heads, side*side, 16), draw(2, heads, (n//4)**2, 16)
         return m.QK(q, k, .25, (side, side), (n//4, n//4), block, 0)
-    blocks = {0: [layer(0, 1, n), layer(0, 1, n)], 1: [layer(1, 2, n//2), layer(1, 2, n//2)]}
+    blocks = {1: [layer(1, 1, n), layer(1, 1, n)], 2: [layer(2, 2, n//2), layer(2, 2, n//2)]}
     z, logits = draw(2, 4*n, 4*n).detach(), draw(2, 21, n, n)
     classes = (10*z.abs()).long().clamp_max(20)
     return blocks, logits, classes.where(z > 0, UNLABELLED).where(z < 2, PADDING)

@@ -309,7 +309,8 @@ def _segmenter(name, n_classes, kwargs):
     except ValueError as e:
         wrong = re.search(r"unexpected keyword argument '(\w+)'", str(e))
         if not wrong or wrong[1] not in kwargs: raise
-        own, backbone = _takes(create_segmenter, ('name', 'n_classes', 'kw')), name.partition('_')[2]
+        own = _takes(create_segmenter, ('name', 'n_classes', 'kw'))
+        backbone = name.partition('_')[2]
         raise ValueError(_unknown(wrong[1], f"for create_segmenter {own} and what timm's {backbone} takes")) from None
 
 # %% ../nbs/31_learner.ipynb #19e205fe

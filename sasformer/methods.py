@@ -159,7 +159,7 @@ def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
     for name, cls in METHODS.items():
-        # before Python 3.13 a class made in a notebook has none
+        # in a notebook Python before 3.13 finds no comments
         notes = {k: v or '(no comment)' for k, v in docments(cls).items()}
         lines += [f'{name}: {cls.__doc__}',
                   *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from .attention import recording
+from .machine import cpu_multiplies_bf16
 
 # %% ../nbs/13_quick.ipynb #79be9433
 def _pieces(n, N, M, most):
@@ -207,10 +208,11 @@ def propagate_kept(
 class QuickAttention(TorchFunctionMode):
     "Attention on a CPU by plain products where that is faster, within this context; maps are kept for `propagate_kept`"
     def __init__(self,
-        mb:float=160, # Memory for maps that are kept, in MB; those that do not fit are made again in the backward pass
+        mb:float=160,   # Memory for maps that are kept, in MB; those that do not fit are made again, going backward
+        bf16:bool=None, # Take attention in bfloat16 as well? None: where the CPU multiplies it
     ):
         super().__init__()
-        self.pool = BufferPool(mb)
+        self.pool, self.bf16 = BufferPool(mb), cpu_multiplies_bf16() if bf16 is None else bf16
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -222,7 +224,7 @@ class QuickAttention(TorchFunctionMode):
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or torch.compiler.is_compiling(): return False
         if q.device.type != 'cpu' or q.dim() != 4 or q.numel() == 0 or k.numel() == 0: return False
         if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype): return False
-        if q.dtype == torch.bfloat16: return True
+        if q.dtype == torch.bfloat16: return self.bf16
         # in float32 only what is recorded for a loss
         recorded = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled()
         return recorded and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')

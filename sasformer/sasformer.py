@@ -170,23 +170,22 @@ def _block_sum(layers, resized, target, form, propagation):
 
 # %% ../nbs/20_sasformer.ipynb #75e23426
 def affinity_loss(
-    blocks:dict,        # Block index from 0 → list of `QK`, as `AttentionTap.blocks`
+    blocks:dict,        # Number of a block, from 1 → list of `QK`, as `AttentionTap.blocks`
     logits:Tensor,      # Prediction before the softmax, (B, C, h, w)
     target:Tensor,      # Label map with 255 and 254, (B, H, W)
     form:Form=DEFAULT,  # What is compared, and how
     propagation=None    # In the place of `propagate`, another function of layers and scores, to compare
-)->dict:                # Block index from 1 → its term; their mean or sum is the loss, see `combine`
+)->dict:                # Number of a block → its term; their mean or sum is the loss, see `combine`
     "Eqs. 5–7, by block"
     if not blocks: raise ValueError("The attention tap has recorded nothing: was the model run while it was on?")
-    chosen = [b+1 for b in sorted(blocks)] if form.blocks is None else form.blocks
-    if missing := [b for b in chosen if b-1 not in blocks]:
-        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, "
-                         f"not {missing}")
+    chosen = sorted(blocks) if form.blocks is None else form.blocks
+    if missing := [b for b in chosen if b not in blocks]:
+        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {sorted(blocks)}, not {missing}")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays, to compare with
         scores = logits if form.scores == 'logits' else logits.softmax(1)
         resized = functools.cache(partial(_resized, scores))   # blocks share sizes
-        sums = [_block_sum(blocks[b-1], resized, target, form, propagation) for b in chosen]
+        sums = [_block_sum(blocks[b], resized, target, form, propagation) for b in chosen]
         processes = max(1, num_distrib())   # the terms are the mean over all of them, once they are averaged
         return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}
 
@@ -202,9 +201,9 @@ def _tap(model, blocks):
     try: tap = AttentionTap(model)
     except TypeError as e: raise ValueError(f"model={name!r}: {e}") from e
     if blocks is None: return tap
-    if wrong := [b for b in blocks if b-1 not in tap.available]:
+    if wrong := [b for b in blocks if b not in tap.available]:
         raise ValueError(f"blocks={tuple(blocks)}: {name} has blocks 1 to {len(tap.available)}, not {wrong}")
-    return AttentionTap(model, [b-1 for b in blocks])
+    return AttentionTap(model, blocks)
 
 # %% ../nbs/20_sasformer.ipynb #fbc12e05
 class SASFormerLoss(LossTerm):

@@ -76,7 +76,7 @@ def test_what_it_passes_on(dtype, monkeypatch):
     monkeypatch.setattr(quick.QuickAttention, '_attend', lambda self, q, *a: taken.append(q.dtype) or q)
     q = torch.randn(1, 2, 5, 8, dtype=dtype, requires_grad=True)
     mask = torch.ones(5, 5, dtype=torch.bool)
-    with quick.QuickAttention():
+    with quick.QuickAttention(bf16=True):
         for kw in (dict(is_causal=True), dict(attn_mask=mask), dict(dropout_p=.1)):
             F.scaled_dot_product_attention(q, q, q, **kw)
         F.scaled_dot_product_attention(q, q, q, mask)
@@ -145,6 +145,7 @@ def test_a_learner_uses_it(monkeypatch):
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
     dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32, 32), 2)
     dls.train.n = 2
+    monkeypatch.setattr(quick, 'cpu_multiplies_bf16', lambda: True)   # or it would leave bfloat16 to the fused kernel
     cases = ('fp32', None, 0), ('fp32', SASFormerLoss(), 8), ('bf16', None, 8), ('bf16', SASFormerLoss(), 8)
     for precision, method, expected in cases:
         calls.clear()
@@ -159,10 +160,12 @@ def test_a_learner_uses_it(monkeypatch):
 def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
     "No map is alive when the next forward pass begins"
     from fastai.callback.core import Callback
+    from sasformer import quick
     from sasformer.sasformer import SASFormerLoss
     from sasformer.data import sparse_dataloaders
     from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
+    monkeypatch.setattr(quick, 'cpu_multiplies_bf16', lambda: True)
     alive, maps, init = [], weakref.WeakSet(), AttentionMap.__init__
     monkeypatch.setattr(AttentionMap, '__init__', lambda self, *a: maps.add(self) or init(self, *a))
     class Look(Callback):

@@ -167,7 +167,8 @@ def test_images(dls):
     fit(sparse_learner(dls, 'segformer_mit_b0', Look(), decoder_dim=16))
     for x, images in seen:
         assert type(images) is torch.Tensor and images.dtype == torch.float32 and images.shape == x.shape
-        assert (images*255-(images*255).round()).abs().max() < 1e-3 and x.min() < -.5   # bytes they were; the rounding is some 255 eps
+        # bytes they were; the rounding is some 255 eps
+        assert (images*255-(images*255).round()).abs().max() < 1e-3 and x.min() < -.5
         assert -1e-5 < images.min() and images.max() < 1+1e-5
 
 
@@ -206,7 +207,8 @@ def test_sample_order_is_one(dls):
     with pytest.raises(ValueError, match='Backwards and Backwards each need an order of the samples of their own'):
         sparse_learner(dls, 'segformer_mit_b0', [Backwards(), Backwards()], decoder_dim=16)
     learn = sparse_learner(dls, 'segformer_mit_b0', decoder_dim=16)
-    with pytest.raises(RuntimeError, match='give it to `sparse_learner`, not to `fit`'), learn.no_bar(): learn.fit(1, cbs=Backwards())
+    with pytest.raises(RuntimeError, match='give it to `sparse_learner`, not to `fit`'), learn.no_bar():
+        learn.fit(1, cbs=Backwards())
     learn = sparse_learner(dls, 'segformer_mit_b0', Backwards(), decoder_dim=16)
     dls.train.order = mine = lambda dataset: range(8)
     try:
