@@ -44,7 +44,7 @@ gpu-wheels: $(VENV)/.installed
 
 # every notebook from top to bottom, then the export, clean metadata and the README
 notebooks: $(VENV)/.installed
-	cd nbs && for f in [0-9]*.ipynb quickstart.ipynb paper/*.ipynb index.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
+	cd nbs && for f in [0-9]*.ipynb quickstart.ipynb add_a_method.ipynb paper/*.ipynb index.ipynb; do ../$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$f || exit 1; done
 	$(BIN)/nbdev_export
 	$(BIN)/nbdev_clean
 	$(MAKE) readme

@@ -9,7 +9,8 @@ cfg = config['DEFAULT']
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
     url=cfg['git_url'], license='Apache-2.0', keywords=cfg['keywords'].split(), python_requires='>='+cfg['min_python'],
-    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research', 'Programming Language :: Python :: 3'],
+    classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
+                 'Programming Language :: Python :: 3'],
     project_urls={'Source': cfg['git_url']}, author_email=cfg['author_email'],
     packages=find_packages(include=['sasformer', 'sasformer.*']), include_package_data=True,
     long_description=open('README.md', encoding='utf8').read(), long_description_content_type='text/markdown',

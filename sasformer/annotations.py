@@ -42,7 +42,8 @@ def check_label_map(
     values = np.flatnonzero(np.bincount(label_map.ravel())) if label_map.dtype == np.uint8 else np.unique(label_map)
     if len(values) and not 0 <= values[0] <= values[-1] <= 255:
         bad = values[0] if values[0] < 0 else values[-1]
-        raise AnnotationError(f'{name}: id {bad} does not fit a label map (0..253, {PADDING} padding, {UNLABELLED} unlabelled)')
+        raise AnnotationError(f'{name}: id {bad} does not fit a label map (0..253, {PADDING} padding, '
+                              f'{UNLABELLED} unlabelled)')
     if n_classes is not None:
         bad = values[(values >= n_classes) & (values < PADDING)]
         if len(bad): raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes (0..{n_classes-1})')
@@ -65,7 +66,7 @@ def voc_palette():  # Colours of the ids 0..255, (256, 3) uint8
 _GREY_STEP = {'L;2': 85, 'L;4': 17}  # Pillow stretches grey of 2 and 4 bits to 0..255, which would change the ids
 
 def read_label_map(
-    file,                    # Path or open binary file of a PNG (also BMP, TIFF): palette indices or grey values are the ids
+    file,                    # Path or open binary file of PNG, BMP or TIFF: palette indices or grey values are the ids
     n_classes=None,          # Number of classes, to check the ids; None: not checked
     shape=None,              # Expected (H, W), to check the size; None: not checked
     name=None,               # What an error calls the file; None: its path
@@ -147,8 +148,8 @@ def _pixels(xy, shape, outside, name):
     bad = ((xy < 0) | (xy >= (shape[1], shape[0]))).any(1)
     if outside == 'error' and bad.any():
         x, y = xy[bad][0].astype(int)
-        raise AnnotationError(f"{name}: x={x}, y={y} is outside of the image of {shape[1]}×{shape[0]} pixels (width×height); "
-                              "outside='crop' draws what lies inside")
+        raise AnnotationError(f"{name}: x={x}, y={y} is outside of the image of {shape[1]}×{shape[0]} pixels "
+                              "(width×height); outside='crop' draws what lies inside")
     return xy.astype(int)
 
 # %% ../nbs/00_annotations.ipynb #3125c3c6
@@ -201,7 +202,8 @@ def draw_lines(
 def _unique_keys(pairs):
     "A JSON object whose keys differ: Python's reader would keep the last of two and say nothing"
     d = dict(pairs)
-    if len(d) < len(pairs): raise AnnotationError(f'key {next(k for k,_ in pairs if sum(k == o for o,_ in pairs) > 1)!r} comes twice')
+    if len(d) < len(pairs):
+        raise AnnotationError(f'key {next(k for k,_ in pairs if sum(k == o for o,_ in pairs) > 1)!r} comes twice')
     return d
 
 def _read_points(path):
@@ -209,16 +211,21 @@ def _read_points(path):
     try: images = json.loads(Path(path).read_text(encoding='utf-8'), object_pairs_hook=_unique_keys)
     except AnnotationError as e: raise AnnotationError(f'{path}: {e}') from e
     except ValueError as e: raise AnnotationError(f'{path}: not a JSON file ({e})') from e
-    if not isinstance(images, dict): raise AnnotationError(f'{path}: expected an object of image ids, found {type(images).__name__}')
+    if not isinstance(images, dict):
+        raise AnnotationError(f'{path}: expected an object of image ids, found {type(images).__name__}')
     def point(id, p):
         try: cls, x, y, rank = p['cls'], float(p['x']), float(p['y']), float(p.get('rank', 0))
-        except (KeyError, TypeError, ValueError, OverflowError) as e: raise AnnotationError(f'{path}: {id}: {p} is no point with cls, x, y') from e
+        except (KeyError, TypeError, ValueError, OverflowError) as e:
+            raise AnnotationError(f'{path}: {id}: {p} is no point with cls, x, y') from e
         if type(cls) is not int or not 0 <= cls < PADDING or not math.isfinite(x + y):
-            raise AnnotationError(f'{path}: {id}: cls={cls}, x={x}, y={y}: expected a class id and a position in pixels')
+            raise AnnotationError(f'{path}: {id}: cls={cls}, x={x}, y={y}: '
+                                  'expected a class id and a position in pixels')
         return rank, Point(cls, x, y)
     bad = next((id for id, points in images.items() if not isinstance(points, list)), None)
-    if bad is not None: raise AnnotationError(f'{path}: {bad}: expected a list of points, found {type(images[bad]).__name__}')
-    return {id: [p for _,p in sorted((point(id, p) for p in points), key=lambda ranked: ranked[0])] for id, points in images.items()}
+    if bad is not None:
+        raise AnnotationError(f'{path}: {bad}: expected a list of points, found {type(images[bad]).__name__}')
+    return {id: [p for _,p in sorted((point(id, p) for p in points), key=lambda ranked: ranked[0])]
+            for id, points in images.items()}
 
 # %% ../nbs/00_annotations.ipynb #0d5f667a
 class PointFile:
@@ -230,7 +237,8 @@ class PointFile:
     ):
         self.foreground = _read_points(foreground)
         self.background = _read_points(background) if background is not None else {}
-        self.name, self.outside, self.ids = str(foreground), outside, sorted(self.foreground.keys() | self.background.keys())
+        self.name, self.outside = str(foreground), outside
+        self.ids = sorted(self.foreground.keys() | self.background.keys())
 
     def points(self, id):
         "`Point`s of image `id` in drawing order: background first, so that an object's click lies on top, then by rank"
@@ -269,9 +277,11 @@ class ScribbleXML:
         self._members = {}
         for name in sorted(names):
             p = PurePosixPath(name)
-            if p.suffix != '.xml' or p.name.startswith('.') or not p.is_relative_to(within): continue  # macOS adds ._files
+            if p.suffix != '.xml' or p.name.startswith('.') or not p.is_relative_to(within):
+                continue  # macOS adds ._files
             if p.stem in self._members:
-                raise AnnotationError(f'{path}: {self._members[p.stem]} and {name} are both of image {p.stem}; choose a folder by within=')
+                raise AnnotationError(f'{path}: {self._members[p.stem]} and {name} are both of image {p.stem}; '
+                                      'choose a folder by within=')
             self._members[p.stem] = name
         self.ids = sorted(self._members)
 
@@ -279,7 +289,8 @@ class ScribbleXML:
         "The zip file, opened once per process: workers must not share a file position"
         if self._zip[0] != os.getpid():
             try: self._zip = os.getpid(), zipfile.ZipFile(self.path)
-            except zipfile.BadZipFile as e: raise AnnotationError(f'{self.path}: neither a folder nor a zip file ({e})') from e
+            except zipfile.BadZipFile as e:
+                raise AnnotationError(f'{self.path}: neither a folder nor a zip file ({e})') from e
         return self._zip[1]
 
     def __getstate__(self): return {**self.__dict__, '_zip': (None, None)}
@@ -291,11 +302,15 @@ def _read(self:ScribbleXML, id):
     if id not in self._members: raise AnnotationError(f'{self.path}: no image {id!r} among {len(self.ids)}')
     member, name = self._members[id], f'{self.path}: {self._members[id]}'
     try:
-        with ((self.path/member).open('rb') if self.path.is_dir() else self._open().open(member)) as f: raw = f.read(self.max_bytes + 1)
-    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as e: raise AnnotationError(f'{name}: cannot be read ({e})') from e
-    if len(raw) > self.max_bytes: raise AnnotationError(f'{name}: more than {self.max_bytes} bytes, no scribble is that long')
+        with ((self.path/member).open('rb') if self.path.is_dir() else self._open().open(member)) as f:
+            raw = f.read(self.max_bytes + 1)
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as e:
+        raise AnnotationError(f'{name}: cannot be read ({e})') from e
+    if len(raw) > self.max_bytes:
+        raise AnnotationError(f'{name}: more than {self.max_bytes} bytes, no scribble is that long')
     try: return name, ElementTree.fromstring(raw, forbid_dtd=True)
-    except (ElementTree.ParseError, DefusedXmlException, ValueError) as e: raise AnnotationError(f'{name}: not a plain XML file ({e})') from e
+    except (ElementTree.ParseError, DefusedXmlException, ValueError) as e:
+        raise AnnotationError(f'{name}: not a plain XML file ({e})') from e
 
 def _number(element, path, name):
     "The finite number at `path` below an XML element"
@@ -309,7 +324,8 @@ def _number(element, path, name):
 def _shape(root, name):
     "(H, W) as an XML file gives it"
     h, w = (_number(root, f'size/{side}', name) for side in ('height', 'width'))
-    if min(h, w) < 1 or h % 1 or w % 1: raise AnnotationError(f'{name}: <size> is {h}×{w} (height×width), expected whole pixels')
+    if min(h, w) < 1 or h % 1 or w % 1:
+        raise AnnotationError(f'{name}: <size> is {h}×{w} (height×width), expected whole pixels')
     return int(h), int(w)
 
 def _lines(root, tags, name):
@@ -344,7 +360,8 @@ def label_map(self:ScribbleXML,
     "Draw the scribbles of one image"
     name, root = self._read(id)
     size = _shape(root, name)
-    if shape is not None and size != tuple(shape): raise AnnotationError(f'{name}: <size> is {size} (H, W), expected {tuple(shape)}')
+    if shape is not None and size != tuple(shape):
+        raise AnnotationError(f'{name}: <size> is {size} (H, W), expected {tuple(shape)}')
     return draw_lines(_lines(root, self.tags, name), size, width, self.outside, name)
 
 # %% ../nbs/00_annotations.ipynb #8efcf9a1
@@ -368,7 +385,8 @@ def _regions(mask, per, min_area):
     from scipy import ndimage    # imported where they are used, so that a program is quick to say what it takes
     from skimage import measure
     if per not in ('component', 'class'): raise AnnotationError(f"per={per!r}: expected 'component' or 'class'")
-    if not 0 <= min_area < 1: raise AnnotationError(f'min_area={min_area}: expected a share of the image, at least 0, below 1')
+    if not 0 <= min_area < 1:
+        raise AnnotationError(f'min_area={min_area}: expected a share of the image, at least 0, below 1')
     ids = mask.astype(int) + 1
     ids[mask >= PADDING] = 0
     numbers = measure.label(ids, background=0, connectivity=2) if per == 'component' else ids
@@ -457,7 +475,8 @@ def centre_line(
     window = min(smoothness, (len(path)-1) | 1)
     while True:
         smooth = _smooth(path, window)
-        if window < 3 or ((smooth >= 0) & (smooth < region.shape)).all() and region[tuple(smooth.T)].all(): return smooth
+        if window < 3 or ((smooth >= 0) & (smooth < region.shape)).all() and region[tuple(smooth.T)].all():
+            return smooth
         window = (window // 2) | 1 if window > 3 else 1
 
 # %% ../nbs/00_annotations.ipynb #d40632b7
@@ -497,15 +516,17 @@ def simulate_blocks(
     if size is None: size = max(1, min(mask.shape) // 16)
     known = mask < PADDING
     if size < 1 or size > min(mask.shape) and known.any():
-        raise AnnotationError(f'size={size}: expected a block of at least 1 pixel that fits into the image, {mask.shape}')
+        raise AnnotationError(f'size={size}: expected a block of at least 1 pixel that fits into the image, '
+                              f'{mask.shape}')
     n = np.array(mask.shape) // size
-    y, x = (rng.random(2) * (np.array(mask.shape) - n*size + 1)).astype(int)  # the grid starts anywhere in the remainder
+    y, x = (rng.random(2) * (np.array(mask.shape) - n*size + 1)).astype(int)  # the grid starts anywhere in the rest
     inside = slice(y, y + n[0]*size), slice(x, x + n[1]*size)
     grid = known[inside].reshape(n[0], size, n[1], size).sum((1, 3)).ravel()
     order = np.argsort(rng.random(grid.size), kind='stable')
     total, target = np.cumsum([0, *grid[order]]), share * known.sum()
     if target - total[-1] > size**2 / 2:
-        raise AnnotationError(f'share={share}, size={size}: whole blocks cover only {total[-1]/known.sum():.2f} of a mask {mask.shape}')
+        raise AnnotationError(f'share={share}, size={size}: whole blocks cover only {total[-1]/known.sum():.2f} of a '
+                              f'mask {mask.shape}')
     chosen = np.zeros(grid.size, bool)
     chosen[order[:np.abs(total - target).argmin()]] = True
     label_map = _unlabelled(mask)
@@ -565,7 +586,8 @@ def simulate(
     "The sparse label map that an annotator of this kind might have left of a dense mask"
     kind, options = parse_annotation(spec) if isinstance(spec, str) else spec
     if options.get('novel'):
-        raise AnnotationError(f"novel={'+'.join(options['novel'])}: a mask does not know the names of classes, `Source.annotation` does")
+        raise AnnotationError(f"novel={'+'.join(options['novel'])}: a mask does not know the names of classes, "
+                              "`Source.annotation` does")
     simulator, fixed = _SIMULATORS[kind]
     options = {**options, **fixed}
     return simulator(mask, seed=image_seed(options.pop('seed', 0), name), **options)
@@ -574,8 +596,8 @@ def simulate(
 @dataclass
 class LabelStatistics:
     "What a data set's sparse labels hold; made by `label_statistics`"
-    per_image:object  # Data frame, a row per image: pixels (without padding), labelled pixels, their share, classes, missing classes
-    per_class:object  # Data frame, a row per class: labelled pixels, their share of all labels, images with a label; with dense masks more
+    per_image:object  # Data frame, a row per image: pixels (no padding), labelled pixels, their share, classes, missing
+    per_class:object  # Data frame, a row per class: labelled pixels, share of labels, images with it; more with masks
     missing:list            # (image's position, class id) of every class that an image contains and does not label
 
     @property
@@ -606,7 +628,8 @@ def label_statistics(
     per_image = pd.DataFrame(rows, columns=['pixels', 'labelled']).assign(
         share=lambda t: t.labelled / t.pixels.clip(lower=1), classes=(sparse_counts > 0).sum(1), missing=missing.sum(1))
     total = sparse_counts.sum(0)
-    per_class = pd.DataFrame({'labelled': total, 'share of labels': total / max(1, total.sum()), 'images with a label': (sparse_counts > 0).sum(0)},
+    per_class = pd.DataFrame({'labelled': total, 'share of labels': total / max(1, total.sum()),
+                              'images with a label': (sparse_counts > 0).sum(0)},
                              index=pd.Index(list(classes), name='class'))
     known = ~np.isnan(dense_counts).all()
     if known:
@@ -619,18 +642,22 @@ def label_statistics(
 # %% ../nbs/00_annotations.ipynb #1fa2709d
 @patch
 def plot(self:LabelStatistics):
-    "Share of the labels per class, share of labelled pixels per image and, where known, images that lack a class they contain"
+    "Shares of the labels per class, of labelled pixels per image and, where known, images that lack a class of theirs"
     import matplotlib.pyplot as plt  # here, because training does not need it
     table, known = self.per_class, 'images that lack it' in self.per_class
     fig, axs = plt.subplots(1, 2 + known, figsize=(5*(2 + known), 1 + .24*len(table)), dpi=80, layout='constrained')
     axs[0].barh(table.index, table['share of labels'])
     axs[0].set(title='Share of the labelled pixels', xlabel='share'); axs[0].invert_yaxis()
     axs[1].hist(100*self.per_image['share'], bins=30)
-    axs[1].set(title=f'Labelled pixels per image (all: {100*self.labelled_share:.2f} %)', xlabel='% of the pixels', ylabel='images')
+    axs[1].set(title=f'Labelled pixels per image (all: {100*self.labelled_share:.2f} %)', xlabel='% of the pixels',
+               ylabel='images')
     if known:
         contain, lack = table['images that contain it'], table['images that lack it']
-        axs[2].barh(table.index, contain - lack, label='labelled'); axs[2].barh(table.index, lack, left=contain - lack, label='contained, not labelled')
-        axs[2].set(title='Images that contain the class', xlabel='images'); axs[2].invert_yaxis(); axs[2].legend(loc='upper left', bbox_to_anchor=(1, 1))
+        axs[2].barh(table.index, contain - lack, label='labelled')
+        axs[2].barh(table.index, lack, left=contain - lack, label='contained, not labelled')
+        axs[2].set(title='Images that contain the class', xlabel='images')
+        axs[2].invert_yaxis()
+        axs[2].legend(loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../nbs/00_annotations.ipynb #1a9c0003
@@ -654,7 +681,8 @@ def tag_statistics(
     names = pd.Index(list(classes), name='class')
     images = on.sum(0)
     alone = on[on.sum(1) == 1].sum(0)
-    per_class = pd.DataFrame({'images': images, 'share of images': images/max(1, len(tags)), 'alone': alone}, index=names)
+    per_class = pd.DataFrame({'images': images, 'share of images': images/max(1, len(tags)), 'alone': alone},
+                             index=names)
     return TagStatistics(per_class, pd.DataFrame(on.T @ on, index=names, columns=list(classes)))
 
 # %% ../nbs/00_annotations.ipynb #1a9c0004

@@ -25,7 +25,7 @@ class QK(NamedTuple):
     scale:float    # The attention is softmax(q kᵀ · scale)
     q_size:tuple   # Rows and columns of the image's query tokens, (H, W)
     k_size:tuple   # Rows and columns of the image's key tokens, (H', W')
-    block:int      # Index of the block, from 0: the stage, or the group of layers where there are no stages
+    block:int      # Number of the block, from 1: the stage, or the group of layers where there are no stages
     prefix:int     # Tokens in front of the image's, on both sides (class, registers): M = prefix + H·W
     kept:tuple=None # What `propagate_kept` needs to use the layer's own map again, where `QuickAttention` made it
 
@@ -35,22 +35,26 @@ _works = ('MiT (mit_*), PVTv2 (pvt_v2_*), ViT, DeiT and DINOv2 (vit_*, deit_*; t
 
 def _find_transformer(model):
     "The one timm transformer inside `model`, which may be wrapped (features_only, a segmenter, DDP)"
-    def is_pyramid(m): return 'patch_embed' in m._modules and any(isinstance(s, PyramidVisionTransformerStage) for s in m.modules())
+    def is_pyramid(m):
+        return ('patch_embed' in m._modules
+                and any(isinstance(s, PyramidVisionTransformerStage) for s in m.modules()))
     found = [m for m in model.modules() if isinstance(m, (VisionTransformer, Eva)) or is_pyramid(m)]
     if len(found) == 1: return found[0]
-    if found: raise TypeError(f'{type(model).__name__} holds {len(found)} transformers, expected one: pass the one to listen to')
+    if found:
+        raise TypeError(f'{type(model).__name__} holds {len(found)} transformers, expected one: '
+                        'pass the one to listen to')
     raise TypeError(f'{type(model).__name__}: queries and keys cannot be read from this model. Works with: {_works}')
 
 def _find_attention(transformer, groups):
-    "Attention modules in order of execution, each with the index of its block"
+    "Attention modules in order of execution, each with the number of its block, from 1"
     if stages := [s for s in transformer.modules() if isinstance(s, PyramidVisionTransformerStage)]:
-        return [(layer.attn, i) for i, s in enumerate(stages) for layer in s.blocks]
+        return [(layer.attn, i) for i, s in enumerate(stages, 1) for layer in s.blocks]
     depth, out = len(transformer.blocks), []
     if not 1 <= groups <= depth: raise ValueError(f'groups is {groups}, expected 1 to {depth}, the number of layers')
     for i, layer in enumerate(transformer.blocks):
         attn = [m for m in layer.modules() if isinstance(m, (Attention, AttentionRope, EvaAttention))]
         if not attn: raise TypeError(f'layers of type {type(layer).__name__} cannot be read. Works with: {_works}')
-        out += [(a, i * groups // depth) for a in attn]
+        out += [(a, i * groups // depth + 1) for a in attn]
     return out
 
 # %% ../nbs/12_attention.ipynb #1b59cc31
@@ -58,24 +62,24 @@ class AttentionTap:
     "Record the queries and keys of every layer of a timm transformer; a context manager, or `on` and `off`"
     def __init__(self,
         model:nn.Module,  # A timm transformer, or a module that holds one (features_only, a segmenter, DDP)
-        blocks=None,      # Indices of the blocks to record, from 0; all of the encoder's if `None`
+        blocks=None,      # Numbers of the blocks to record, from 1; all of the encoder's if `None`
         groups:int=4,     # Blocks into which the layers of a transformer without stages are split
     ):
         self.model, self._handles, self._seen = model, [], {}
         self.layers = []  # `QK` of each layer in the order of execution, of the last forward pass
         self._transformer = _find_transformer(model)
         attention = _find_attention(self._transformer, groups)
-        self.n_blocks = attention[-1][1] + 1   # of the encoder; a mask transformer behind it is the next one
+        self.n_blocks = attention[-1][1]   # of the encoder; a mask transformer behind it is the next one
         self._decoder = next((m for m in model.modules() if isinstance(m, MaskTransformer)), None)
-        if blocks is None: blocks = range(self.n_blocks)
-        if self._decoder is not None: attention += [(layer.attn, self.n_blocks) for layer in self._decoder.blocks]
-        self.available = range(attention[-1][1] + 1)   # indices of all blocks that can be recorded
+        if blocks is None: blocks = range(1, self.n_blocks + 1)
+        if self._decoder is not None: attention += [(layer.attn, self.n_blocks + 1) for layer in self._decoder.blocks]
+        self.available = range(1, attention[-1][1] + 1)   # all blocks that can be recorded
         wrong = [b for b in blocks if b not in self.available]
-        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 0 to {self.available[-1]}')
+        if wrong: raise ValueError(f'block {wrong[0]} does not exist, expected 1 to {self.available[-1]}')
         self._attention = [(a, b) for a, b in attention if b in blocks]
 
     @property
-    def blocks(self)->dict:  # Index of a block → list of `QK`
+    def blocks(self)->dict:  # Number of a block, from 1 → list of `QK`
         "The layers by block"
         return {b: [l for l in self.layers if l.block == b] for b in sorted({l.block for l in self.layers})}
 
@@ -97,12 +101,16 @@ def on(self:AttentionTap):
     "Put the hooks on"
     if self._handles: return self
     for m in self.model.modules():
-        if isinstance(m, nn.DataParallel): raise RuntimeError('nn.DataParallel runs copies of the model, expected DistributedDataParallel')
+        if isinstance(m, nn.DataParallel):
+            raise RuntimeError('nn.DataParallel runs copies of the model, expected DistributedDataParallel')
         if hasattr(m, '_orig_mod') or m._compiled_call_impl is not None:
-            raise RuntimeError('the model is compiled, and torch.compile drops hooks put on after it: put the tap on first')
+            raise RuntimeError('the model is compiled, and torch.compile drops hooks put on after it: '
+                               'put the tap on first')
     transformer, pyramid = self._transformer, not isinstance(self._transformer, (VisionTransformer, Eva))
     self._listen(transformer.patch_embed, self._start, before=True)
-    if not pyramid: self._listen(transformer.patch_embed.proj, lambda args, kwargs, out: self._seen.update(grid=tuple(out.shape[-2:])))
+    if not pyramid:
+        def note_grid(args, kwargs, out): self._seen.update(grid=tuple(out.shape[-2:]))
+        self._listen(transformer.patch_embed.proj, note_grid)
     for attn, block in self._attention: (self._hook_pyramid if pyramid else self._hook_vit)(attn, block)
     return self
 
@@ -148,7 +156,8 @@ def _hook_pyramid(self:AttentionTap, attn, block):
         elif attn.sr is not None: k_size = tuple(n // s for n, s in zip(k_size, attn.sr.stride))
         q = seen.pop('q').unflatten(2, (attn.num_heads, attn.head_dim))
         k = seen.pop('kv').unflatten(2, (2, attn.num_heads, attn.head_dim))[:, :, 0]
-        self._add(q.transpose(1, 2), k.transpose(1, 2), attn.scale, seen.pop('grid'), k_size, block, kept=seen.pop('kept', None))
+        self._add(q.transpose(1, 2), k.transpose(1, 2), attn.scale, seen.pop('grid'), k_size, block,
+                  kept=seen.pop('kept', None))
     self._listen(attn, start, before=True)
     self._listen(attn.q, lambda args, kwargs, out: seen.update(q=out))
     self._listen(attn.kv, lambda args, kwargs, out: seen.update(kv=out))
@@ -158,7 +167,8 @@ def _hook_pyramid(self:AttentionTap, attn, block):
 @patch
 def _hook_vit(self:AttentionTap, attn, block):
     seen, prefix, suffix = self._seen, self._transformer.num_prefix_tokens, 0
-    if block == self.n_blocks: prefix, suffix = 0, self._decoder.tokens.shape[1]   # the mask transformer has its class tokens behind
+    if block > self.n_blocks:
+        prefix, suffix = 0, self._decoder.tokens.shape[1]   # the mask transformer has its class tokens behind
     def start(args, kwargs):
         if kwargs.get('attn_mask') is not None or kwargs.get('is_causal'):
             raise RuntimeError('attention with a mask cannot be recorded')
@@ -171,7 +181,8 @@ def _hook_vit(self:AttentionTap, attn, block):
         q, k, rope, (h, w) = seen.pop('q'), seen.pop('k'), seen.pop('rope'), seen['grid']
         n = prefix + h * w
         if q.shape[2] != n + suffix:
-            raise RuntimeError(f'{q.shape[2]} tokens, expected {prefix} + {h}×{w} + {suffix}: patch dropout must be off while an AttentionTap is on')
+            raise RuntimeError(f'{q.shape[2]} tokens, expected {prefix} + {h}×{w} + {suffix}: '
+                               'patch dropout must be off while an AttentionTap is on')
         q, k = rotate(q, rope), rotate(k, rope).repeat_interleave(q.shape[1] // k.shape[1], 1)
         self._add(q[:, :, :n], k[:, :, :n], attn.scale, (h, w), (h, w), block, prefix)
     self._listen(attn, start, before=True)
@@ -181,12 +192,15 @@ def _hook_vit(self:AttentionTap, attn, block):
 
 # %% ../nbs/12_attention.ipynb #d89df7a9
 def _weights(layer, rows=slice(None)):
-    "Attention of one layer between tokens of the image, in float32 (float64 stays) whatever autocast says, (B, heads, rows, M')"
+    "Attention of one layer between tokens of the image, always in float32 (float64 stays), (B, heads, rows, M')"
     q, k = (x[:, :, layer.prefix:].to(torch.promote_types(x.dtype, torch.float32)) for x in (layer.q, layer.k))
-    with torch.autocast(q.device.type, enabled=False): return (q[:, :, rows] * layer.scale @ k.transpose(-2, -1)).softmax(-1)
+    with torch.autocast(q.device.type, enabled=False):
+        return (q[:, :, rows] * layer.scale @ k.transpose(-2, -1)).softmax(-1)
 
 def _check_block(layers):
-    if not layers: raise ValueError('no layers, expected a forward pass with the tap on; a model compiled before that is not heard')
+    if not layers:
+        raise ValueError('no layers, expected a forward pass with the tap on; '
+                         'a model compiled before that is not heard')
     sizes = {(l.q_size, l.k_size) for l in layers}
     if len(sizes) > 1: raise ValueError(f'layers of different sizes {sorted(sizes)}, expected those of one block')
 
@@ -204,7 +218,8 @@ def attention_from(
     column:float, # … and of its width
 )->Tensor:        # What that point attends to, (B, H', W'); sums to 1
     "One point's row of `attention_map`, as an image"
-    if not (0 <= row < 1 and 0 <= column < 1): raise ValueError(f'point is ({row}, {column}), expected shares from 0 to below 1')
+    if not (0 <= row < 1 and 0 <= column < 1):
+        raise ValueError(f'point is ({row}, {column}), expected shares from 0 to below 1')
     _check_block(layers)
     (h, w), size = layers[0].q_size, layers[0].k_size
     i = int(row * h) * w + int(column * w)

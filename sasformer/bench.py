@@ -11,22 +11,28 @@ from pathlib import Path
 from .annotations import write_json
 
 # %% ../nbs/66_bench.ipynb #da17454f
-VARIANTS = ('bare', 'fused', 'compiled', 'affinity', 'propagate', 'maps', 'sampled')   # of a step, see `sasformer.measure.LOSSES`
+# of a step, see `sasformer.measure.LOSSES`
+VARIANTS = ('bare', 'fused', 'compiled', 'affinity', 'propagate', 'maps', 'sampled')
 COMMANDS = dict(
     step="A training step: bare, and with each way of computing the affinity loss",
     loader="Images per second of one loader process",
     predict="Masks of a folder of images, with transformers' model and with ours",
     evaluate="Evaluation at one scale and at the paper's seven with mirror images",
-    naive="Training with all that is fast here beside the plain float32 loop, and beside the decoder as the paper writes it, with the loss curves",
+    naive="Training with all that is fast here beside the plain float32 loop, "
+          "and beside the decoder as the paper writes it, with the loss curves",
     tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step")
 
 def bench_parser():
-    p = argparse.ArgumentParser(prog='sasformer_bench', description="Measure hot paths, variants in turn in one process; ratios are what counts.", allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        prog='sasformer_bench', allow_abbrev=False,
+        description="Measure hot paths, variants in turn in one process; ratios are what counts.")
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
     def command(name, images=None, repeats=None, **defaults):
-        c = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.add_argument('--out', type=Path, metavar='FILE', help="Result file (JSON)")
-        c.add_argument('--keep_memory', action=argparse.BooleanOptionalAction, default=True, help="Keep freed memory, as sasformer_train does")
+        c.add_argument('--keep_memory', action=argparse.BooleanOptionalAction, default=True,
+                       help="Keep freed memory, as sasformer_train does")
         c.add_argument('--threads', type=int, default=os.cpu_count(), help="Threads of the CPU")
         if images:
             c.add_argument('--data', default='scenes', help="Data set: scenes, camvid …")
@@ -37,18 +43,22 @@ def bench_parser():
             c.add_argument('--steps', type=int, default=defaults['steps'], help='Rounds')
         if name != 'loader':
             c.add_argument('--model', default='mit_b0', help="Encoder, mit_b0 … mit_b5")
-            c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1, 2), help="Stride of the last block; 1 as in the recipes")
+            c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1, 2),
+                           help="Stride of the last block; 1 as in the recipes")
         if not images:
             c.add_argument('--device', default='cpu', help="cpu, cuda …")
             c.add_argument('--size', type=int, default=defaults['size'], help="Side of the images, pixels")
             c.add_argument('--batch', type=int, default=defaults['batch'], help="Images in a batch")
             c.add_argument('--classes', type=int, default=21, help='Classes')
-            c.add_argument('--precision', choices=('auto', 'fp32', 'bf16'), default='auto', help="Of the model; auto: bf16 where the hardware multiplies it")
-            c.add_argument('--channels_last', action=argparse.BooleanOptionalAction, default=True, help="Memory format of the model")
+            c.add_argument('--precision', choices=('auto', 'fp32', 'bf16'), default='auto',
+                           help="Of the model; auto: bf16 where the hardware multiplies it")
+            c.add_argument('--channels_last', action=argparse.BooleanOptionalAction, default=True,
+                           help="Memory format of the model")
             c.add_argument('--memory_of', help=argparse.SUPPRESS)
         return c
     c = command('step', steps=20, size=256, batch=8)
-    c.add_argument('--variants', nargs='+', choices=VARIANTS, default=tuple(n for n in VARIANTS if n != 'compiled'), help="Which; the first is the base of the ratios; on a CPU, 'compiled' needs a C++ compiler")
+    c.add_argument('--variants', nargs='+', choices=VARIANTS, default=tuple(n for n in VARIANTS if n != 'compiled'),
+                   help="Which; the first is the base of the ratios; on a CPU, 'compiled' needs a C++ compiler")
     c = command('loader', images=96, repeats=3)
     c.add_argument('--annotation', default='scribble', help="Training labels")
     command('predict', images=24, repeats=5, last_stride=2)
@@ -56,7 +66,9 @@ def bench_parser():
     c.add_argument('--weights', help="Weights of the encoder")
     command('naive', steps=30, size=256, batch=8)
     c = command('tree', steps=20, size=512, batch=2)
-    for name, value, what in (('channels', 256, "Of the embedding"), ('tree_size', 128, "Side of the maps that are filtered"), ('tree_batch', 8, "Images whose maps are filtered")):
+    for name, value, what in (('channels', 256, "Of the embedding"),
+                              ('tree_size', 128, "Side of the maps that are filtered"),
+                              ('tree_batch', 8, "Images whose maps are filtered")):
         c.add_argument(f'--{name}', type=int, default=value, help=what)
     return p
 
@@ -65,7 +77,8 @@ def table(rows:dict)->str:
     "Rows of a result as text"
     import pandas as pd
     flat = {k: {n: v for n, v in r.items() if not isinstance(v, (dict, list))} for k, r in rows.items()}
-    return pd.DataFrame.from_dict(flat, orient='index').to_string(float_format=lambda v: f'{v:.3f}' if abs(v) < 10 else f'{v:.1f}', na_rep='')
+    number = lambda v: f'{v:.3f}' if abs(v) < 10 else f'{v:.1f}'
+    return pd.DataFrame.from_dict(flat, orient='index').to_string(float_format=number, na_rep='')
 
 def main(args=None):
     "Command line of `sasformer_bench`"
@@ -80,13 +93,15 @@ def main(args=None):
         machine = this_machine(getattr(o, 'device', None) or 'cpu', getattr(o, 'precision', 'fp32'))
         o.precision = machine.precision
         if not getattr(o, 'memory_of', None): print(f"{o.command} on {machine}", flush=True)
-        with measure.alive(f'measuring {o.command}', not getattr(o, 'memory_of', None)): result = getattr(measure, f'bench_{o.command}')(o)
+        with measure.alive(f'measuring {o.command}', not getattr(o, 'memory_of', None)):
+            result = getattr(measure, f'bench_{o.command}')(o)
     except (ValueError, OSError, RuntimeError) as e: p.exit(1, f'{p.prog} {o.command}: error: {e}\n')
     if isinstance(result, float): return print(result)   # of a process that measures its memory
     print(table(result['rows']))
     for k, v in result.items():
         if isinstance(v, (int, float)): print(f'{k}: {v:.4g}')
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(o).items() if k not in ('out', 'path', 'weights', 'memory_of')}
+    told = {k: v for k, v in vars(o).items() if k not in ('out', 'path', 'weights', 'memory_of')}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in told.items()}
     if o.out: write_json(o.out, dict(settings=settings, environment=environment(), **result))
 
 # %% ../nbs/66_bench.ipynb #ad2c93a7

@@ -15,7 +15,8 @@ from .datasets import KINDS, LayoutError, MaskFolder, Source, folder, scenes, _c
 
 # %% ../nbs/03_benchmarks.ipynb #011012e1
 CAMVID_CLASSES = 'Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist'.split()
-CAMVID_PALETTE = [(128, 128, 128),(128, 0, 0),(192, 192, 128),(128, 64, 128),(60, 40, 222),(128, 128, 0),(192, 128, 128),(64, 64, 128),(64, 0, 128),(64, 64, 0),(0, 128, 192)]
+CAMVID_PALETTE = [(128, 128, 128),(128, 0, 0),(192, 192, 128),(128, 64, 128),(60, 40, 222),(128, 128, 0),
+                  (192, 128, 128),(64, 64, 128),(64, 0, 128),(64, 64, 0),(0, 128, 192)]
 
 def camvid(
     path,          # Folder with images/, labels/ and codes.txt, or the SegNet repository's CamVid/
@@ -33,8 +34,8 @@ def _segnet_camvid(path):
     if not {'train', 'val'} <= set(parts): raise LayoutError(f"{path}: expected train/ and val/ beside trainannot/")
     masks = {k:f for s in parts for k, f in _listing(path/f'{s}annot', 'masks').items()}
     lut = np.r_[np.arange(11), np.full(245, UNLABELLED)].astype(np.uint8)
-    return Source('camvid', path, list(CAMVID_CLASSES), {s:list(p) for s, p in parts.items()}, {k:f for p in parts.values() for k, f in p.items()},
-                  masks, CAMVID_PALETTE, lut=lut)
+    return Source('camvid', path, list(CAMVID_CLASSES), {s:list(p) for s, p in parts.items()},
+                  {k:f for p in parts.values() for k, f in p.items()}, masks, CAMVID_PALETTE, lut=lut)
 
 # %% ../nbs/03_benchmarks.ipynb #f5be6d7f
 def _first(*paths):
@@ -55,7 +56,8 @@ def _voc_lists(path, train, masks, sbd):
     val, plain = (_lines(lists/f'{s}.txt', f"the ids of {s}, one a line") for s in ('val', 'train'))
     if train is None: train = 'train_aug' if sbd else 'train'
     if train == 'train': return plain, val
-    if train != 'train_aug': raise ValueError(f"train={train!r}: expected 'train' (1,464 images) or 'train_aug' (10,582)")
+    if train != 'train_aug':
+        raise ValueError(f"train={train!r}: expected 'train' (1,464 images) or 'train_aug' (10,582)")
     given = _first(lists/'train_aug.txt', lists/'trainaug.txt', path/'train_aug.txt', path.parent/'train_aug.txt')
     if given: return _lines(given, 'ids'), val
     if not sbd: raise LayoutError(f"{lists/'train_aug.txt'}: no such list, and no SBD masks to make it from "
@@ -79,7 +81,8 @@ class ObjectTags:
         except FileNotFoundError: raise LayoutError(f"{path}: no such file") from None
         except (ElementTree.ParseError, DefusedXmlException, ValueError) as e:
             raise AnnotationError(f"{path}: not a plain XML file: {e}") from e
-        names = [(o.findtext('name') or '').strip() for o in root.iterfind('object')]   # not the names of an object's parts
+        # not the names of an object's parts
+        names = [(o.findtext('name') or '').strip() for o in root.iterfind('object')]
         wrong = next((n for n in names if n not in VOC_CLASSES), None)
         if wrong is not None:
             raise AnnotationError(f"{path}: an object is a {wrong!r}, none of VOC's {len(VOC_CLASSES)} classes")
@@ -92,8 +95,8 @@ def voc2012(
     sbd=None,                # Folder of SBD masks (.mat or .png); by default looked for under `path`
     points=None,             # JSON of points, beside `path` by default: voc_whats_the_point.json
     background_points=None,  # JSON of background points: voc_whats_the_point_bg_from_scribbles.json
-    scribbles=None,          # Zip or folder of XML, folder of PNG, or a `ScribbleXML`; scribble_annotation.zip, pascal_2012/, scribbles/
-    tags=None,               # Folder of XML, the objects of every image; Annotations/ if it has them all, else from the masks
+    scribbles=None,          # Zip or folder of XML, folder of PNG or a `ScribbleXML`; None: the usual names beside it
+    tags=None,               # Folder of XML, the objects of every image; Annotations/ if whole, else from the masks
 )->Source:
     "PASCAL VOC 2012, 21 classes, with SBD masks, points and scribbles where they lie beside it"
     top = Path(path)
@@ -106,15 +109,20 @@ def voc2012(
     ids = dict(zip(('train', 'val'), _voc_lists(path, train, masks, extra)))
     released, points = {}, find(points, 'voc_whats_the_point.json')
     background = find(background_points, 'voc_whats_the_point_bg_from_scribbles.json')
-    scribbles = find(scribbles, 'scribble_annotation.zip', 'scribble_annotation/pascal_2012', 'pascal_2012', 'pascal_2012_scribble', 'scribbles')
-    if points: released['point'] = PointFile(points, background, outside='crop')   # some real points lie beyond the image
+    scribbles = find(scribbles, 'scribble_annotation.zip', 'scribble_annotation/pascal_2012',
+                     'pascal_2012', 'pascal_2012_scribble', 'scribbles')
+    if points:
+        released['point'] = PointFile(points, background, outside='crop')   # some real points lie beyond the image
     if scribbles: released['scribble'] = _sparse_reader(scribbles)
     files, objects = {**extra, **masks}, ObjectTags(tags or path/'Annotations')
     lack = [i for s in ids.values() for i in s if i not in objects]
     if tags and lack:
-        raise LayoutError(f"{tags}: no XML file for {len(lack)} of {sum(map(len, ids.values()))} images, such as {lack[0]}")
-    return Source('voc2012', path, list(VOC_CLASSES), ids, {i:path/f'JPEGImages/{i}.jpg' for s in ids.values() for i in s},
-                  {i:files[i] for s in ids.values() for i in s if i in files}, released=released, tag_table=None if lack else objects)
+        raise LayoutError(f"{tags}: no XML file for {len(lack)} of {sum(map(len, ids.values()))} images, "
+                          f"such as {lack[0]}")
+    return Source('voc2012', path, list(VOC_CLASSES), ids,
+                  {i:path/f'JPEGImages/{i}.jpg' for s in ids.values() for i in s},
+                  {i:files[i] for s in ids.values() for i in s if i in files},
+                  released=released, tag_table=None if lack else objects)
 
 # %% ../nbs/03_benchmarks.ipynb #7d5164d9
 def _tel(name, path, classes, lut=None, palette=None):
@@ -122,20 +130,26 @@ def _tel(name, path, classes, lut=None, palette=None):
     images = {s:_listing(path/s/'image', 'images') for s in ('train', 'val')}
     masks, released = {k:f for s in images for k, f in _listing(path/s/'label', 'masks', ('.png',)).items()}, {}
     for k in KINDS:
-        if (path/'train/sparse_label'/k).is_dir(): released[k] = MaskFolder(_listing(path/'train/sparse_label'/k, 'sparse masks', ('.png',)), lut)
-    return _all_masks(Source(name, path, classes, {s:list(t) for s, t in images.items()}, {k:f for t in images.values() for k, f in t.items()},
-                             masks, palette, released, lut))
+        if (path/'train/sparse_label'/k).is_dir():
+            released[k] = MaskFolder(_listing(path/'train/sparse_label'/k, 'sparse masks', ('.png',)), lut)
+    return _all_masks(Source(name, path, classes, {s:list(t) for s, t in images.items()},
+                             {k:f for t in images.values() for k, f in t.items()}, masks, palette, released, lut))
 
 def _all_masks(src):
     "Refuse a data set some of whose images have no mask"
     lack = [i for i in src.images if i not in src.masks]
-    if lack: raise LayoutError(f"{src.name} at {src.root}: no mask for {len(lack)} of {len(src.images)} images, such as {src.images[lack[0]]}")
+    if lack:
+        raise LayoutError(f"{src.name} at {src.root}: no mask for {len(lack)} of {len(src.images)} images, "
+                          f"such as {src.images[lack[0]]}")
     return src
 
-CITYSCAPES = {'road':(7, (128, 64, 128)), 'sidewalk':(8, (244, 35, 232)), 'building':(11, (70, 70, 70)), 'wall':(12, (102, 102, 156)), 'fence':(13, (190, 153, 153)),
-    'pole':(17, (153, 153, 153)), 'traffic light':(19, (250, 170, 30)), 'traffic sign':(20, (220, 220, 0)), 'vegetation':(21, (107, 142, 35)), 'terrain':(22, (152, 251, 152)),
-    'sky':(23, (70, 130, 180)), 'person':(24, (220, 20, 60)), 'rider':(25, (255, 0, 0)), 'car':(26, (0, 0, 142)), 'truck':(27, (0, 0, 70)), 'bus':(28, (0, 60, 100)),
-    'train':(31, (0, 80, 100)), 'motorcycle':(32, (0, 0, 230)), 'bicycle':(33, (119, 11, 32))}      # name: (labelId, colour), in the order of the train ids
+CITYSCAPES = {   # name: (labelId, colour), in the order of the train ids
+    'road':(7, (128, 64, 128)), 'sidewalk':(8, (244, 35, 232)), 'building':(11, (70, 70, 70)),
+    'wall':(12, (102, 102, 156)), 'fence':(13, (190, 153, 153)), 'pole':(17, (153, 153, 153)),
+    'traffic light':(19, (250, 170, 30)), 'traffic sign':(20, (220, 220, 0)), 'vegetation':(21, (107, 142, 35)),
+    'terrain':(22, (152, 251, 152)), 'sky':(23, (70, 130, 180)), 'person':(24, (220, 20, 60)),
+    'rider':(25, (255, 0, 0)), 'car':(26, (0, 0, 142)), 'truck':(27, (0, 0, 70)), 'bus':(28, (0, 60, 100)),
+    'train':(31, (0, 80, 100)), 'motorcycle':(32, (0, 0, 230)), 'bicycle':(33, (119, 11, 32))}
 
 # %% ../nbs/03_benchmarks.ipynb #0c7198e2
 _CITYSCAPES_LUT = np.full(256, UNLABELLED, np.uint8)
@@ -143,7 +157,10 @@ _CITYSCAPES_LUT[[i for i,_ in CITYSCAPES.values()]] = np.arange(19)
 
 def _cityscapes_masks(path):
     "({id: file}, lut or None): train ids if they are there for both splits, else label ids"
-    find = lambda kind: {k:f for s in ('train', 'val') for k, f in _listing(path/'gtFine'/s, 'masks', ('.png',), f'_gtFine_{kind}', recurse=True).items()}
+    def find(kind):
+        listings = (_listing(path/'gtFine'/s, 'masks', ('.png',), f'_gtFine_{kind}', recurse=True)
+                    for s in ('train', 'val'))
+        return {k:f for files in listings for k, f in files.items()}
     try: return find('labelTrainIds'), None
     except LayoutError: return find('labelIds'), _CITYSCAPES_LUT
 
@@ -158,7 +175,8 @@ def cityscapes(
             some = list(_listing(path/'train/label', 'masks', ('.png',)).values())[:5]
             train_ids = all((m[m < UNLABELLED] < 19).all() for m in map(read_label_map, some))
         return _tel('cityscapes', path, classes, None if train_ids else _CITYSCAPES_LUT, palette)
-    images = {s:_listing(path/'leftImg8bit'/s, 'images', ('.png',), '_leftImg8bit', recurse=True) for s in ('train', 'val')}
+    images = {s:_listing(path/'leftImg8bit'/s, 'images', ('.png',), '_leftImg8bit', recurse=True)
+              for s in ('train', 'val')}
     masks, lut = _cityscapes_masks(path)
     return _all_masks(Source('cityscapes', path, classes, {s:list(t) for s, t in images.items()},
                              {k:f for t in images.values() for k, f in t.items()}, masks, palette, lut=lut))
@@ -183,11 +201,12 @@ def ade20k(
                              {k:f for t in images.values() for k, f in t.items()}, masks, lut=lut))
 
 # %% ../nbs/03_benchmarks.ipynb #c975cd62
-COCO_CLASSES = ['background'] + '''person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant stop_sign parking_meter bench bird cat dog
-horse sheep cow elephant bear zebra giraffe backpack umbrella handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard
-surfboard tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza donut cake chair couch potted_plant
-bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven toaster sink refrigerator book clock vase scissors teddy_bear hair_drier
-toothbrush'''.replace('\n', ' ').split()
+COCO_CLASSES = ['background'] + '''person bicycle car motorcycle airplane bus train truck boat traffic_light
+fire_hydrant stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe backpack umbrella
+handbag tie suitcase frisbee skis snowboard sports_ball kite baseball_bat baseball_glove skateboard surfboard
+tennis_racket bottle wine_glass cup fork knife spoon bowl banana apple sandwich orange broccoli carrot hot_dog pizza
+donut cake chair couch potted_plant bed dining_table toilet tv laptop mouse remote keyboard cell_phone microwave oven
+toaster sink refrigerator book clock vase scissors teddy_bear hair_drier toothbrush'''.split()
 COCO_CLASSES = [o.replace('_', ' ') for o in COCO_CLASSES]
 
 def coco2014(
@@ -208,7 +227,8 @@ def coco2014(
     return Source('coco2014', path, list(COCO_CLASSES), splits, files, masks)
 
 # %% ../nbs/03_benchmarks.ipynb #59ea1f01
-SOURCES = dict(scenes=scenes, camvid=camvid, voc2012=voc2012, cityscapes=cityscapes, ade20k=ade20k, coco2014=coco2014, folder=folder)
+SOURCES = dict(scenes=scenes, camvid=camvid, voc2012=voc2012, cityscapes=cityscapes, ade20k=ade20k,
+               coco2014=coco2014, folder=folder)
 
 def get_source(
     name:str,          # One of `SOURCES`
@@ -217,5 +237,6 @@ def get_source(
 )->Source:
     "The data set of that name"
     if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
-    if path is None and name != 'scenes': raise ValueError(f"{name} needs the folder it lies in: get_source({name!r}, path)")
+    if path is None and name != 'scenes':
+        raise ValueError(f"{name} needs the folder it lies in: get_source({name!r}, path)")
     return SOURCES[name](path, **kwargs)

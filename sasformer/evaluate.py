@@ -27,7 +27,8 @@ def scale_list(s):
 
 def window_side(s):
     "A side in pixels"
-    if not s.isdecimal() or int(s) < 32: raise argparse.ArgumentTypeError(f"{s!r}: expected a side of at least 32 pixels")
+    if not s.isdecimal() or int(s) < 32:
+        raise argparse.ArgumentTypeError(f"{s!r}: expected a side of at least 32 pixels")
     return int(s)
 
 def usable_device(s):
@@ -40,13 +41,16 @@ def usable_device(s):
 def inference_options(parser):
     "Adds what every program that predicts lets one choose"
     parser.add_argument('--scales', type=scale_list, default=(1.,), metavar='FACTORS',
-                        help="Sizes to look at, as factors of the image's: 0.5,1,1.5 or 'paper' for 0.5,0.75,…,2 (default: 1)")
+                        help="Sizes to look at, as factors of the image's: 0.5,1,1.5 or 'paper' for 0.5,0.75,…,2 "
+                             "(default: 1)")
     parser.add_argument('--flip', action='store_true', help="Look at the mirror image too")
     parser.add_argument('--window', type=window_side, default=None, metavar='PIXELS',
                         help="Side of a sliding window that overlaps by half (default: the whole image at once)")
     parser.add_argument('--precision', choices=PRECISIONS, default='auto',
-                        help="Numbers to compute with; auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32 (default: auto)")
-    parser.add_argument('--device', type=usable_device, default=None, help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
+                        help="Numbers to compute with; auto: bf16 where the hardware multiplies it, "
+                             "fp16 on older GPUs, else fp32 (default: auto)")
+    parser.add_argument('--device', type=usable_device, default=None,
+                        help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
 
 # %% ../nbs/61_evaluate.ipynb #d622cea2
 def open_model(
@@ -65,10 +69,12 @@ def open_data(
 ):
     "The data set to evaluate on, its layout checked"
     settings = (model if model.is_dir() else model.parent)/'settings.json'
-    if data is None and not settings.exists(): raise ValueError(f"{settings}: no such file, so the data set is not known: give --data")
+    if data is None and not settings.exists():
+        raise ValueError(f"{settings}: no such file, so the data set is not known: give --data")
     if data is None or path is None and settings.exists():
         try: run = json.loads(settings.read_text())['recipe']
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f"{settings}: not the settings of a run: {e!r}") from e
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f"{settings}: not the settings of a run: {e!r}") from e
         data = data or run.get('data')
         if path is None and data == run.get('data'): path = run.get('path')
     return get_source(data, path).check()
@@ -80,12 +86,14 @@ def same_classes(
 ):
     "Raises if the classes of model and data set differ, and names the first that does"
     ours, theirs, n = list(model.classes), list(src.classes), model.config['n_classes']
-    if not ours: ours = theirs[:n]+['(no name)']*(n-len(theirs))   # saved without names: only their number can be compared
+    # saved without names: only their number can be compared
+    if not ours: ours = theirs[:n]+['(no name)']*(n-len(theirs))
     for i in range(max(len(ours), len(theirs))):
         a, b = (c[i] if i < len(c) else None for c in (ours, theirs))
         if a != b:
             say = lambda c: 'nothing' if c is None else repr(c)
-            raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set {src.name} ({len(theirs)} classes)")
+            raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set "
+                             f"{src.name} ({len(theirs)} classes)")
 
 # %% ../nbs/61_evaluate.ipynb #6edf5775
 def table_text(
@@ -109,11 +117,16 @@ def result(
 
 # %% ../nbs/61_evaluate.ipynb #91c77f32
 def eval_parser():
-    p = argparse.ArgumentParser(prog='sasformer_eval', description="Compare a trained model's predictions with a data set's dense masks.", allow_abbrev=False,
-        epilog="Several processes share the images where a launcher starts them: torchrun --nproc_per_node 2 -m sasformer.evaluate …")
-    p.add_argument('model', type=Path, help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
-    p.add_argument('--data', choices=tuple(SOURCES), default=None, help="Data set (default: the one the run was trained on)")
-    p.add_argument('--path', type=Path, default=None, help="Folder of the data set (default: the run's); scenes need none")
+    p = argparse.ArgumentParser(
+        prog='sasformer_eval', description="Compare a trained model's predictions with a data set's dense masks.",
+        allow_abbrev=False, epilog="Several processes share the images where a launcher starts them: "
+                                   "torchrun --nproc_per_node 2 -m sasformer.evaluate …")
+    p.add_argument('model', type=Path,
+                   help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
+    p.add_argument('--data', choices=tuple(SOURCES), default=None,
+                   help="Data set (default: the one the run was trained on)")
+    p.add_argument('--path', type=Path, default=None,
+                   help="Folder of the data set (default: the run's); scenes need none")
     p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
     inference_options(p)
     p.add_argument('--out', type=Path, default=None, metavar='FILE', help="Write the numbers to this JSON file too")
@@ -126,10 +139,14 @@ def report(cm, src, o, machine, seconds, processes):
     from sasformer.machine import environment
     images = len(src.splits[o.split])
     print(table_text(cm, src.classes))
-    print(f"mIoU {100*cm.miou:.2f}, pixel accuracy {100*cm.pixel_accuracy:.2f}, mean accuracy {100*cm.mean_accuracy:.2f} "
+    print(f"mIoU {100*cm.miou:.2f}, pixel accuracy {100*cm.pixel_accuracy:.2f}, "
+          f"mean accuracy {100*cm.mean_accuracy:.2f} "
           f"on {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
-    if o.out: write_json(o.out, dict(model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip, window=o.window,
-                                     device=str(machine.device), precision=machine.precision, **result(cm, src.classes), seconds=seconds, processes=processes, **environment()))
+    if not o.out: return
+    write_json(o.out, dict(
+        model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
+        window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes),
+        seconds=seconds, processes=processes, **environment()))
 
 # %% ../nbs/61_evaluate.ipynb #656297a8
 def main(args=None):
@@ -137,7 +154,8 @@ def main(args=None):
     p = eval_parser()
     o = p.parse_args(args)
     try:
-        if o.out and o.out.exists() and not (o.overwrite and o.out.is_file()): raise FileExistsError(f"--out {o.out} is there already: --overwrite replaces a file")
+        if o.out and o.out.exists() and not (o.overwrite and o.out.is_file()):
+            raise FileExistsError(f"--out {o.out} is there already: --overwrite replaces a file")
         src = open_data(o.model, o.data, o.path)
         if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
         from sasformer.machine import is_first, start_processes, stop_processes, this_machine
@@ -150,7 +168,8 @@ def main(args=None):
         same_classes(model, src)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window, dtype=machine.dtype)
+        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window,
+                      dtype=machine.dtype)
         if first: report(cm, src, o, machine, time.time()-start, n)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()

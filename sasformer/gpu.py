@@ -91,7 +91,7 @@ def attention_case(draw, n):
     model = create_segmenter('segformer_mit_b0', 3).eval().to(x)
     with m.AttentionTap(model) as tap: scores = model(x)
     mean_map = whole_map if x.dtype == torch.float64 else m.attention_map
-    maps = {f'map of block {b+1}': mean_map(layers) for b, layers in tap.blocks.items()}
+    maps = {f'map of block {b}': mean_map(layers) for b, layers in tap.blocks.items()}
     total = scores.square().mean()+sum((a@draw(2, a.shape[2], 3)).square().mean() for a in maps.values())
     image, *weights = torch.autograd.grad(total, [x, *model.parameters()])
     return dict(scores=scores, **maps, image=image, weights=torch.cat([w.flatten() for w in weights]))
@@ -119,7 +119,7 @@ def affinity_inputs(m, draw, n):
     def layer(block, heads, side):
         q, k = draw(2, heads, side*side, 16), draw(2, heads, (n//4)**2, 16)
         return m.QK(q, k, .25, (side, side), (n//4, n//4), block, 0)
-    blocks = {0: [layer(0, 1, n), layer(0, 1, n)], 1: [layer(1, 2, n//2), layer(1, 2, n//2)]}
+    blocks = {1: [layer(1, 1, n), layer(1, 1, n)], 2: [layer(2, 2, n//2), layer(2, 2, n//2)]}
     z, logits = draw(2, 4*n, 4*n).detach(), draw(2, 21, n, n)
     classes = (10*z.abs()).long().clamp_max(20)
     return blocks, logits, classes.where(z > 0, UNLABELLED).where(z < 2, PADDING)
@@ -131,7 +131,8 @@ def affinity_case(draw, n):
     m, out = methods(), {}
     blocks, logits, target = affinity_inputs(m, draw, n//2)
     layers = [o for block in blocks.values() for o in block]
-    forms = {**m.FORMS, **{d: m.Form(distance=d) for d in m.DISTANCES}, 'a quarter of the positions': m.Form(fraction=.25)}
+    forms = {**m.FORMS, **{d: m.Form(distance=d) for d in m.DISTANCES},
+             'a quarter of the positions': m.Form(fraction=.25)}
     loss = functools.partial(plain_terms, m) if logits.dtype == torch.float64 else m.affinity_loss
     for name, form in forms.items():
         torch.manual_seed(0)   # of the positions
@@ -612,7 +613,7 @@ def start_worker(names, o, errors):
 
 # %% ../nbs/68_gpu.ipynb #faebb69e
 def next_line(lines, until):
-    "The next line of a process or, at its end, `None`; a dot each 8 s in which there is none; `queue.Empty` after `until`"
+    "The next line of a process, `None` at its end; a dot each 8 s in which there is none; `queue.Empty` after `until`"
     while True:
         try: return lines.get(timeout=min(8., max(0., until-time.monotonic())))
         except queue.Empty:
@@ -805,7 +806,8 @@ def common_arguments(p):
     "What a check and each of its processes are told"
     p.add_argument('--device', default='cuda', help="Compared with the CPU and timed: cuda, or cpu for a rehearsal")
     p.add_argument('--out', type=Path, default=Path('results/gpu'), metavar='FOLDER', help="Where the results go")
-    p.add_argument('--tiny', action='store_true', help="Sizes so small that a CPU does it all in a minute or two: a rehearsal")
+    p.add_argument('--tiny', action='store_true',
+                   help="Sizes so small that a CPU does it all in a minute or two: a rehearsal")
     p.add_argument('--data', type=Path, default=os.environ.get('SASFORMER_DATA') or None, metavar='FOLDER',
                    help="Folder with voc2012_subset, to train on; by default what SASFORMER_DATA names, else scenes")
     beside = Path(__file__).parents[1]/'nbs' if '__file__' in globals() else Path('.')

@@ -30,7 +30,8 @@ def _rgb(image):
     if isinstance(image, (str, Path)): image = open_image(image)
     if isinstance(image, Image.Image): image = ImageOps.exif_transpose(image).convert('RGB')
     x = np.asarray(image)
-    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3: raise ValueError(f'expected a uint8 array (H, W, 3), got {x.dtype} {x.shape}')
+    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
+        raise ValueError(f'expected a uint8 array (H, W, 3), got {x.dtype} {x.shape}')
     return x
 
 def image_tensor(
@@ -54,19 +55,20 @@ def evaluating(
         for m, training in modes: m.training = training
 
 # %% ../nbs/32_inference.ipynb #9fe33063
-def _resize(x, size): return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
+def _resize(x, size):
+    return x if x.shape[-2:] == tuple(size) else F.interpolate(x, tuple(size), mode='bilinear', align_corners=False)
 
 def predict_logits(
     model:nn.Module,   # Gives scores (B, C, h, w), at any stride
     x:torch.Tensor,    # Normalised images, (B, 3, H, W)
     size:tuple=None,   # (H, W) of the scores, default that of `x`
-    multiple:int=1,    # Pad height and width (with the mean colour, right and below) to a multiple of this, and to at least 32
+    multiple:int=1,    # Pad height and width (mean colour, right and below) to a multiple of this, at least 32
     window=None,       # Side, or (height, width), of a sliding window; whole image if not given
     overlap:float=.5,  # Share of a window that the next one covers again
     dtype=None,        # `torch.bfloat16` or `torch.float16` to run in mixed precision
     device=None,       # Move model and images there; default where the model is
 )->torch.Tensor:       # Scores (B, C, *size), float32
-    "Scores of a batch in evaluation mode, resized (bilinear), as everywhere in segmentation before the largest is taken"
+    "Scores of a batch in evaluation mode, resized (bilinear), as everywhere before the largest is taken"
     if device is not None: model.to(device)
     x = x.to(next(model.parameters()).device, memory_format=torch.channels_last)
     if window is not None:
@@ -147,7 +149,9 @@ def evaluate(
     if split not in src.splits: raise ValueError(f'{src.name}: no split {split!r}, expected one of {list(src.splits)}')
     ids, cm = src.splits[split], ConfusionMatrix(len(src.classes))
     without = [i for i in ids if i not in src.masks]
-    if without: raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, the first is {without[0]}')
+    if without:
+        raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, '
+                         f'the first is {without[0]}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
     for i in _bar(ids, progress):
         y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
@@ -177,9 +181,11 @@ def overlay(
 )->Image.Image:
     "Label map in colour over its image"
     x, palette = _rgb(image), voc_palette() if palette is None else np.asarray(palette)
-    if x.shape[:2] != label_map.shape: raise ValueError(f'image {x.shape[:2]} and label map {label_map.shape} differ in size')
+    if x.shape[:2] != label_map.shape:
+        raise ValueError(f'image {x.shape[:2]} and label map {label_map.shape} differ in size')
     drawn = label_map < 254
-    if drawn.any() and (top := label_map[drawn].max()) >= len(palette): raise ValueError(f'label map has class {top}, palette only {len(palette)} colours')
+    if drawn.any() and (top := label_map[drawn].max()) >= len(palette):
+        raise ValueError(f'label map has class {top}, palette only {len(palette)} colours')
     y = x.astype(np.float32)
     y[drawn] = (1-alpha)*y[drawn] + alpha*palette[label_map[drawn]]
     return Image.fromarray(y.round().astype(np.uint8))
@@ -210,14 +216,17 @@ class FolderReport:
     "What `predict_folder` did"
     masks:dict    # Image → mask written for it
     skipped:dict  # File → why nothing was written for it
-    def __str__(self): return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + ''.join(f'\n  {p}: {why}' for p, why in self.skipped.items())
+    def __str__(self):
+        reasons = ''.join(f'\n  {p}: {why}' for p, why in self.skipped.items())
+        return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + reasons
 
 # %% ../nbs/32_inference.ipynb #58cb0089
 def _find_images(images, on_error):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
-    files = sorted(Path(images).iterdir()) if folder else [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
+    if folder: files = sorted(Path(images).iterdir())
+    else: files = [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
     def problem(f):
         try: open_image(f)
         except (ValueError, OSError) as e: return e
@@ -239,7 +248,8 @@ def _find_images(images, on_error):
 # %% ../nbs/32_inference.ipynb #151132c1
 def _outputs(found, out, overlays, classes, overwrite):
     "Where masks, overlays and legend go; an error if that is where something is"
-    if any(f.parent.resolve() == out.resolve() for f in found.values()): raise ValueError(f'{out} holds the images themselves: expected another folder')
+    if any(f.parent.resolve() == out.resolve() for f in found.values()):
+        raise ValueError(f'{out} holds the images themselves: expected another folder')
     masks = {stem: out/f'{stem}.png' for stem in found}
     pictures = {stem: out/'overlays'/f'{stem}.jpg' for stem in found} if overlays else {}
     key = out/'overlays'/'legend.png' if overlays and classes is not None else None
@@ -273,7 +283,8 @@ def predict_folder(
         with replacing(key) as tmp: picture_key.save(tmp, format='png')
     def write(stem, image, label_map):
         if overlays:
-            with replacing(pictures[stem]) as tmp: overlay(image, label_map, palette, alpha).save(tmp, format='jpeg', quality=90)
+            with replacing(pictures[stem]) as tmp:
+                overlay(image, label_map, palette, alpha).save(tmp, format='jpeg', quality=90)
         write_label_map(masks[stem], label_map, palette)
     # the next image is read and the last mask written while the model looks at this one
     with ThreadPoolExecutor(2) as pool:
@@ -299,5 +310,7 @@ def predict_folder(self:Learner,
 )->FolderReport:
     "`predict_folder` with the learner's model and the colours and names of the `Source` it was trained on"
     src = getattr(self.dls.train.dataset, 'src', None)
-    if src is not None: palette, classes = src.palette if palette is None else palette, src.classes if classes is None else classes
+    if src is not None:
+        palette = src.palette if palette is None else palette
+        classes = src.classes if classes is None else classes
     return predict_folder(self.model, images, out, palette, classes, **kw)

@@ -10,8 +10,9 @@ __all__ = ['free_to_write', 'simulate_labels', 'label_reader', 'convert_labels',
 import argparse, sys
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
-from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, TagStatistics, label_statistics, parse_annotation, read_label_map,
-                                   replacing, simulate, tag_statistics, write_label_map)
+from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, TagStatistics,
+                                   label_statistics, parse_annotation, read_label_map, replacing, simulate,
+                                   tag_statistics, write_label_map)
 from .benchmarks import SOURCES, get_source
 from .datasets import Source, write_tags, _class_names, _listing
 
@@ -27,7 +28,8 @@ def free_to_write(
         if f.resolve() in kept: raise FileExistsError(f"{f} is itself read: choose another folder for --out")
     there = [f for f in files if f.exists()]
     if there and not overwrite:
-        raise FileExistsError(f"{there[0]}{f' and {len(there)-1} more are' if there[1:] else ' is'} there already: --overwrite replaces them")
+        are = f' and {len(there)-1} more are' if there[1:] else ' is'
+        raise FileExistsError(f"{there[0]}{are} there already: --overwrite replaces them")
 
 def _bar(ids):
     "A progress bar where somebody can see it move"
@@ -46,7 +48,8 @@ def simulate_labels(
     spec = parse_annotation(annotation.removeprefix('sim_'))
     if masks is not None:
         if 'novel' in spec[1]:
-            raise AnnotationError(f"{annotation!r}: novel needs the names of classes, which a data set has and a folder of masks has not")
+            raise AnnotationError(f"{annotation!r}: novel needs the names of classes, "
+                                  "which a data set has and a folder of masks has not")
         files, palette = _listing(masks, 'dense masks', ('.png',), recurse=True), None
         draw, ids = lambda i: simulate(read_label_map(files[i]), spec, i), list(files)
     else:
@@ -57,7 +60,8 @@ def simulate_labels(
         lack = [i for i in ids if i not in src.masks]
         if lack or src.mask_kind != 'dense':
             raise AnnotationError(f"{src.name}: no dense mask for {(lack or ids)[0]}, so nothing to simulate from")
-        draw, palette, files = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_')), src.palette, {i:src.mask_path(i) for i in ids}
+        draw = lambda i: src._annotate(i, 'sim_'+annotation.removeprefix('sim_'))
+        palette, files = src.palette, {i: src.mask_path(i) for i in ids}
     outs = {i:out/f'{i}.png' for i in ids}
     free_to_write(outs.values(), overwrite, list(files.values())+([src.image_path(i) for i in ids] if src else []))
     out.mkdir(parents=True, exist_ok=True)
@@ -78,7 +82,8 @@ def label_reader(
         if within: raise ValueError(f"--within {within}: only for ScribbleSup XML, {source} is a file of points")
         r = PointFile(source, background, outside)
         return r.ids, lambda i, width, shape: r.label_map(i, shape, width, names and len(names))
-    if background is not None: raise ValueError(f"--background {background}: only for points (.json), {source} holds scribbles")
+    if background is not None:
+        raise ValueError(f"--background {background}: only for points (.json), {source} holds scribbles")
     r = ScribbleXML(source, names or SCRIBBLE_TAGS, within, outside)
     if not r.ids: raise ValueError(f"{source}: holds no .xml file{f' below {within}' if within else ''}")
     return r.ids, lambda i, width, shape: r.label_map(i, width, shape)
@@ -95,7 +100,9 @@ def convert_labels(
     "Write published labels as palette PNGs"
     photos = None if images is None else _listing(images, 'images', recurse=True)
     lack = [i for i in ids if photos is not None and i not in photos]
-    if lack: raise FileNotFoundError(f"{images}: no image for {len(lack)} of {len(ids)} labelled ids, such as {lack[0]}; --ids names those to convert")
+    if lack:
+        raise FileNotFoundError(f"{images}: no image for {len(lack)} of {len(ids)} labelled ids, such as {lack[0]}; "
+                                "--ids names those to convert")
     size = Source('images', images, [], {}, photos, {}).shape if photos else lambda i: None
     outs = {i:out/f'{i}.png' for i in ids}
     free_to_write(outs.values(), overwrite, (photos or {}).values())
@@ -108,7 +115,8 @@ def count_labels(
     src:Source,           # A data set
     annotation:str,       # Its labels, see `Source.annotation`
     split:str='train',    # Which of its splits
-    out:Path=None,        # Folder for `labels.csv`, `images.csv` and `labels.png` (for tags also `together.csv`); None: nothing is written
+    # Folder for `labels.csv`, `images.csv` and `labels.png` (for tags also `together.csv`); None: nothing is written
+    out:Path=None,
     overwrite:bool=False, # Replace files that are there
 ):
     "`label_statistics` of a split, or of tags `tag_statistics`, as tables and a plot"
@@ -124,7 +132,8 @@ def count_labels(
     without = [', '.join(src.classes[c] for k, c in stats.missing if k == n) for n in range(len(ids))]
     per_image = stats.per_image.set_axis(ids).rename_axis('image').assign(**{'missing classes': without})
     fig = stats.plot()
-    for f, save in zip(files, (stats.per_class.to_csv, per_image.to_csv, lambda t: fig.savefig(t, format='png', bbox_inches='tight'))):
+    draw = lambda file: fig.savefig(file, format='png', bbox_inches='tight')
+    for f, save in zip(files, (stats.per_class.to_csv, per_image.to_csv, draw)):
         with replacing(f) as tmp: save(tmp)
     plt.close(fig)
     return stats
@@ -150,32 +159,44 @@ def _count_tags(src, annotation, split, out, overwrite):
 # %% ../nbs/63_labels.ipynb #1ac9c5cc
 def stroke(s):
     "An odd number of pixels"
-    if not s.isdecimal() or not int(s)%2: raise argparse.ArgumentTypeError(f"{s!r}: expected an odd number of pixels (1, 3, 5, …)")
+    if not s.isdecimal() or not int(s)%2:
+        raise argparse.ArgumentTypeError(f"{s!r}: expected an odd number of pixels (1, 3, 5, …)")
     return int(s)
 
 def _simulate_options(p):
-    p.add_argument('--annotation', default='scribble', help="Kind of labels: point, scribble, block10, block20, block50, dense; "
-                   "options as in scribble:length=0.5,drop=0.2,width=3,seed=1; novel=cow+bicycle leaves classes out (default: scribble)")
-    p.add_argument('--data', choices=tuple(SOURCES), default=None, help="Data set whose dense masks to start from; give this or --masks")
+    p.add_argument('--annotation', default='scribble',
+                   help="Kind of labels: point, scribble, block10, block20, block50, dense; "
+                        "options as in scribble:length=0.5,drop=0.2,width=3,seed=1; "
+                        "novel=cow+bicycle leaves classes out (default: scribble)")
+    p.add_argument('--data', choices=tuple(SOURCES), default=None,
+                   help="Data set whose dense masks to start from; give this or --masks")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
     p.add_argument('--split', default=None, help="Which part of the data set, or all (default: train)")
-    p.add_argument('--masks', type=Path, default=None, metavar='FOLDER', help="Folder of dense masks (PNG, with sub-folders), in place of a data set")
+    p.add_argument('--masks', type=Path, default=None, metavar='FOLDER',
+                   help="Folder of dense masks (PNG, with sub-folders), in place of a data set")
 
 def _convert_options(p):
     p.add_argument('source', type=Path, help="What's-the-point file (.json), or a folder or zip of ScribbleSup XML")
     p.add_argument('--background', type=Path, default=None, metavar='FILE', help="The background's points (.json)")
-    p.add_argument('--images', type=Path, default=None, metavar='FOLDER', help="Folder of the images, for their sizes; needed for points, a check for scribbles")
-    p.add_argument('--ids', type=Path, default=None, metavar='FILE', help="Text file of the ids to convert, one a line (default: all that are labelled)")
+    p.add_argument('--images', type=Path, default=None, metavar='FOLDER',
+                   help="Folder of the images, for their sizes; needed for points, a check for scribbles")
+    p.add_argument('--ids', type=Path, default=None, metavar='FILE',
+                   help="Text file of the ids to convert, one a line (default: all that are labelled)")
     p.add_argument('--classes', type=Path, default=None, metavar='FILE',
-                   help="Text file of class names in id order: the scribbles' tags, the points' number of classes (default: ScribbleSup's tags; any id)")
-    p.add_argument('--within', default='', metavar='FOLDER', help="Take only XML below this folder of the source, such as scribble_annotation/pascal_2012")
-    p.add_argument('--width', type=stroke, default=3, metavar='PIXELS', help="Width of a stroke, diameter of a point, odd (default: 3)")
-    p.add_argument('--outside', choices=('error', 'crop'), default='error', help="Positions outside of their image: stop, or draw what lies inside (default: error)")
+                   help="Text file of class names in id order: the scribbles' tags, the points' number of classes "
+                        "(default: ScribbleSup's tags; any id)")
+    p.add_argument('--within', default='', metavar='FOLDER',
+                   help="Take only XML below this folder of the source, such as scribble_annotation/pascal_2012")
+    p.add_argument('--width', type=stroke, default=3, metavar='PIXELS',
+                   help="Width of a stroke, diameter of a point, odd (default: 3)")
+    p.add_argument('--outside', choices=('error', 'crop'), default='error',
+                   help="Positions outside of their image: stop, or draw what lies inside (default: error)")
 
 def _stats_options(p):
     p.add_argument('--data', choices=tuple(SOURCES), required=True, help="Data set")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
-    p.add_argument('--annotation', default='scribble', help="Labels to count, as in training: scribble, sim_point, block20, tag … (default: scribble)")
+    p.add_argument('--annotation', default='scribble',
+                   help="Labels to count, as in training: scribble, sim_point, block20, tag … (default: scribble)")
     p.add_argument('--split', default='train', help="Which part of the data set (default: train)")
 
 def _tags_options(p):
@@ -184,23 +205,34 @@ def _tags_options(p):
     p.add_argument('--split', default='all', help="Which part of the data set, or all (default: all)")
 
 # %% ../nbs/63_labels.ipynb #ee693b6d
-_PNGS = "In a data set's folder under the name of their kind (scribble, point …) the PNGs are its labels: --data folder."
-_EPILOGS = dict(simulate=_PNGS, convert=_PNGS, tags="As tags.csv in a folder of images the file is its tags: --data folder, --annotation tag.")
+_PNGS = ("In a data set's folder under the name of their kind (scribble, point …) the PNGs are its labels: "
+         "--data folder.")
+_EPILOGS = dict(simulate=_PNGS, convert=_PNGS,
+                tags="As tags.csv in a folder of images the file is its tags: --data folder, --annotation tag.")
 
 def labels_parser():
-    p = argparse.ArgumentParser(prog='sasformer_labels', description="Sparse labels and tags: simulate, convert, count, write them.", allow_abbrev=False)
-    jobs = p.add_subparsers(dest='job', required=True, metavar='simulate|convert|stats|tags', help="What to do; each has its own --help")
-    for name, options, text in (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
-                              ('convert', _convert_options, "Turn What's-the-point or ScribbleSup files into palette PNGs, one per image"),
-                              ('stats', _stats_options, "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
-                              ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file")):
+    p = argparse.ArgumentParser(prog='sasformer_labels',
+                                description="Sparse labels and tags: simulate, convert, count, write them.",
+                                allow_abbrev=False)
+    jobs = p.add_subparsers(dest='job', required=True, metavar='simulate|convert|stats|tags',
+                            help="What to do; each has its own --help")
+    programs = (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
+                ('convert', _convert_options,
+                 "Turn What's-the-point or ScribbleSup files into palette PNGs, one per image"),
+                ('stats', _stats_options,
+                 "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
+                ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file"))
+    for name, options, text in programs:
         q = jobs.add_parser(name, help=text, description=text+'.', allow_abbrev=False,
                             epilog=_EPILOGS.get(name))
         options(q)
-        where = "File to write" if name == 'tags' else "Folder to write to" + (" (default: nothing is written)" if name == 'stats' else '')
-        q.add_argument('--out', type=Path, required=name != 'stats', metavar='FILE' if name == 'tags' else 'FOLDER', help=where)
+        kind = 'FILE' if name == 'tags' else 'FOLDER'
+        where = dict(tags="File to write", stats="Folder to write to (default: nothing is written)")
+        q.add_argument('--out', type=Path, required=name != 'stats', metavar=kind,
+                       help=where.get(name, "Folder to write to"))
         q.add_argument('--overwrite', action='store_true', help="Replace files that are there")
-    for q in (p, *jobs.choices.values()): q.error = lambda message, q=q: q.exit(2, f'sasformer_labels: error: {message}\n')
+    for q in (p, *jobs.choices.values()):
+        q.error = lambda message, q=q: q.exit(2, f'sasformer_labels: error: {message}\n')
     return p
 
 # %% ../nbs/63_labels.ipynb #d9eb8f0d
@@ -221,7 +253,8 @@ def run_convert(o):
         wanted, known = o.ids.read_text(encoding='utf-8').split(), set(ids)
         lack = [i for i in wanted if i not in known]
         if lack or not wanted:
-            raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{', such as '+lack[0] if lack else ''}")
+            such = f", such as {lack[0]}" if lack else ''
+            raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{such}")
         ids = list(dict.fromkeys(wanted))
     return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite)
 
@@ -258,7 +291,8 @@ def main(args=None):
     if isinstance(stats, TagStatistics):
         return print_tags(stats, f"tags of {len(src.splits[o.split])} images ({src.name} {o.split}){where}")
     print(stats.per_class.to_string(float_format='{:.4f}'.format))
-    print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled ({src.name} {o.split}, {o.annotation})" + where)
+    print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled "
+          f"({src.name} {o.split}, {o.annotation}){where}")
 
 # %% ../nbs/63_labels.ipynb #b5a9c862
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

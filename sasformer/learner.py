@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast',
            'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed',
-           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'sparse_learner', 'save_segmenter',
-           'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
+           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'UseSampleOrder', 'sparse_learner',
+           'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
-import csv, io, sys, json, math, time
+import csv, inspect, io, json, math, re, sys, time
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
 from torch import Tensor
@@ -18,7 +18,8 @@ from torch.distributed.nn.functional import all_reduce
 from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
-                               ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException, CancelEpochException, rank_distrib)
+                               ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException,
+                               CancelEpochException, rank_distrib)
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
@@ -95,7 +96,7 @@ class Autocast(Callback):
     after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
 class UseQuickAttention(Callback):
-    "The model's forward pass under `QuickAttention` on a CPU, unless it is compiled or checkpointed; nothing of a step is held until the next"
+    "Forward under `QuickAttention` on a CPU, unless compiled or checkpointed; nothing of a step is held until the next"
     def __init__(self): self.attention, self.inside = QuickAttention(), False
     def before_batch(self):
         self.inside = next(self.model.parameters()).device.type == 'cpu' and can_be_quick(self.model)
@@ -105,7 +106,9 @@ class UseQuickAttention(Callback):
         self.inside = False
     after_pred = after_cancel_batch = _leave
     def after_batch(self):
-        if self.training: self.learn.pred, self.learn.loss, self.learn.loss_grad = (t.detach() for t in (self.pred, self.loss, self.loss_grad))
+        if not self.training: return
+        self.learn.pred, self.learn.loss = self.pred.detach(), self.loss.detach()
+        self.learn.loss_grad = self.loss_grad.detach()
     def after_fit(self): self.attention = QuickAttention()   # the memory for maps is no longer needed
     def release(self): self._leave(); self.after_fit()
 
@@ -135,7 +138,7 @@ def clock(seconds):
     return f'{minutes//60}:{minutes%60:02}:{s:02}' if minutes >= 60 else f'{minutes}:{s:02}'
 
 class EpochLines(Callback):
-    "Plain lines for log files: one per epoch with the time that is left, and one every few seconds while an epoch lasts"
+    "Plain lines for log files: one per epoch with the time that is left, and one every few seconds within an epoch"
     order = 60
     def __init__(self, every:float=8.): self.every = every   # Seconds
     def before_fit(self):
@@ -184,14 +187,17 @@ class Distributed(Callback):
     order = 40   # after callbacks that look at the bare model in `before_fit`
     def before_fit(self):
         if not dist.is_initialized():
-            raise RuntimeError(f"{n_processes()} processes were started but not connected: call `accelerate.PartialState()` first")
+            raise RuntimeError(f"{n_processes()} processes were started but not connected: "
+                               "call `accelerate.PartialState()` first")
         self.bare = self.model
         device = next(self.bare.parameters()).device
-        if device.type == 'cuda': self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
+        if device.type == 'cuda':
+            self.bare = convert_sync_batchnorm(self.bare)   # timm's, which keeps the activation of its own norms
         else:
             for m in self.bare.modules():
                 if type(m) is nn.BatchNorm2d: m.__class__ = CPUSyncBatchNorm
-        self.ddp = DistributedDataParallel(self.bare, broadcast_buffers=False, device_ids=[device.index] if device.type == 'cuda' else None)
+        self.ddp = DistributedDataParallel(self.bare, broadcast_buffers=False,
+                                           device_ids=[device.index] if device.type == 'cuda' else None)
     def before_train(self): self.learn.model = self.ddp
     def after_train(self):  self.learn.model = self.bare
     def after_loss(self):
@@ -241,7 +247,7 @@ def fit_poly(self:Learner,
 # %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
-)->L:                 # Lists of parameters: backbone, its biases and norms, decoder and auxiliary heads, their biases and norms
+)->L:                 # Lists of parameters: backbone, its biases and norms, decoder and auxiliary heads, theirs
     "Parameters by part, and by whether they are matrices"
     return L(L(p for p in part.parameters() if p.requires_grad and (p.ndim > 1) == matrix)
              for part in (model.backbone, nn.ModuleList([model.decoder, model.auxiliary])) for matrix in (True, False))
@@ -253,24 +259,71 @@ class SparseLearner(Learner):
     first_epoch, precision = 0, None
     def fit(self, *args, **kwargs):
         try: return super().fit(*args, **kwargs)
-        except BaseException:   # fastai calls no callback then; a hook or an open context must not outlive an interrupted fit
+        except BaseException:   # fastai calls no callback then; no hook or open context may outlive an interrupted fit
             for cb in self.cbs: getattr(cb, 'release', noop)()
             raise
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
+# %% ../nbs/31_learner.ipynb #31a0c002
+class UseSampleOrder(Callback):
+    "The training samples in the order that a method needs, during a fit"
+    def __init__(self, of_epoch): self.of_epoch, self.old = of_epoch, None   # Training data set → indices of an epoch
+    def before_fit(self):
+        if self.dls.train.order is not None:
+            raise ValueError("the training loader has an order of its own, and the method needs another")
+        self.dls.train.order = self.of_epoch
+    def after_fit(self):
+        if self.dls.train.order is self.of_epoch: self.dls.train.order = None
+    def release(self): self.after_fit()
+
+def _sample_order(methods):
+    "The order that one of the methods needs; None: the loader's"
+    needing = [cb for cb in methods if getattr(cb, 'sample_order', None) is not None]
+    if len(needing) > 1:
+        names = ' and '.join(type(cb).__name__ for cb in needing)
+        raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
+    return needing[0].sample_order if needing else None
+
+def _callbacks(seed, channels_last, precision, validate_every, order):
+    "What a learner needs beside its method"
+    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
+    if channels_last: callbacks.append(ChannelsLast())
+    if precision == 'bf16': callbacks.append(Autocast())
+    if precision == 'fp16': callbacks.append(MixedPrecision())
+    if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if n_processes() > 1: callbacks.append(Distributed())
+    if order is not None: callbacks.append(UseSampleOrder(order))
+    return callbacks
+
+# %% ../nbs/31_learner.ipynb #31a0c004
+def _takes(f, but): return ', '.join(name for name in inspect.signature(f).parameters if name not in but)
+
+def _unknown(argument, more):
+    return f"sparse_learner has no argument {argument!r}: it takes {_takes(sparse_learner, ('kwargs',))}; and {more}"
+
+def _segmenter(name, n_classes, kwargs):
+    "A segmenter by name, or an error that names the argument that nobody takes"
+    try: return create_segmenter(name, n_classes, **kwargs)
+    except ValueError as e:
+        wrong = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+        if not wrong or wrong[1] not in kwargs: raise
+        own = _takes(create_segmenter, ('name', 'n_classes', 'kw'))
+        backbone = name.partition('_')[2]
+        raise ValueError(_unknown(wrong[1], f"for create_segmenter {own} and what timm's {backbone} takes")) from None
+
 # %% ../nbs/31_learner.ipynb #19e205fe
 def sparse_learner(
     dls:DataLoaders,           # From `sparse_dataloaders`
     model:str|nn.Module,       # A segmenter or the name of one
-    method:str|Callback|list=None, # What is added to the loss: as text ('sasformer:alpha=3', see `sasformer.methods`), or callbacks
+    method:str|Callback|list=None, # Added to the loss: text ('sasformer:alpha=3', see `sasformer.methods`) or callbacks
     lr:float=1e-3,             # Highest learning rate of the backbone
     head_lr:float=1.,          # The decoder's, as a multiple
     opt:str='adamw',           # 'sgd' (momentum 0.9) or 'adamw'
     wd:float=.01,              # Weight decay
     no_decay:bool=True,        # Spare biases and norms from weight decay
-    precision:str='auto',      # 'fp32', 'bf16' (CPU and GPU), 'fp16' (GPU, with gradient scaling) or 'auto', see `sasformer.machine`
+    precision:str='auto',      # 'fp32', 'bf16', 'fp16' (GPU, gradients scaled) or 'auto', see `sasformer.machine`
     channels_last:bool=True,   # Memory format of convolutions; faster nearly everywhere
     seed:int=0,                # Seed of weights, order, augmentation and dropout
     validate_every:int=1,      # Epochs between validations
@@ -281,26 +334,26 @@ def sparse_learner(
     if opt not in OPTIMISERS: raise ValueError(f"opt={opt!r}: expected one of {', '.join(OPTIMISERS)}")
     machine = this_machine(dls.device or 'cpu', precision)
     if isinstance(method, str): method = [cb for m in parse_method(method).values() for cb in m.callbacks()]
+    order = _sample_order([*L(method), *L(cbs)])
     src = dls.train.dataset.src
     if isinstance(model, str):
         torch.manual_seed(seed)
-        model = create_segmenter(model, len(src.classes), **kwargs)
+        model = _segmenter(model, len(src.classes), kwargs)
+    elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
     if dls.device is not None: model.to(dls.device)
-    for t in (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel)): t.statistics = statistics_of(model)
-    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
-    if channels_last: callbacks.append(ChannelsLast())
-    if machine.precision == 'bf16': callbacks.append(Autocast())
-    if machine.precision == 'fp16': callbacks.append(MixedPrecision())
-    if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
-    if n_processes() > 1: callbacks.append(Distributed())
+    to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
+    for t in to_model: t.statistics = statistics_of(model)
+    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
-    learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False, splitter=parameter_groups,
+    group = SegmentationMetrics(len(src.classes), groups=src.groups(dls.train.dataset.annotation))
+    learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
+                    splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
-                    metrics=(group := SegmentationMetrics(len(src.classes))).metrics, cbs=callbacks+L(method)+L(cbs))
+                    metrics=group.metrics, cbs=callbacks+L(method)+L(cbs))
     learn.confusion, learn.recorder.loss, learn.precision = group, PixelLoss(), machine.precision
     if not live: learn.remove_cb(ProgressCallback)
     return learn
@@ -313,31 +366,37 @@ def save_segmenter(
     classes:list=None,   # Class names
     palette=None,        # (C, 3) colours
 ):
-    "Weights and what rebuilds their model, each file replaced in one step; auxiliary heads have served and are left out"
+    "Weights and what rebuilds their model, each file replaced in one step; auxiliary heads are left out"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
         save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
-    write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette, mean=model.mean, std=model.std))
+    write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
+                                         mean=model.mean, std=model.std))
 
 def load_segmenter(
-    path:Path,           # A `.safetensors` file with its `model.json` beside it, or their folder (then `best`, else `last`)
+    path:Path,           # A `.safetensors` file with `model.json` beside it, or their folder (`best`, else `last`)
     device='cpu',        # Where the model goes
 )->nn.Module:            # In evaluation mode, with `classes` and `palette` as attributes
     "Rebuild a segmenter from its folder alone"
     path = Path(path)
-    if path.is_dir(): path = next((f for n in ('best', 'last') if (f:=path/f'{n}.safetensors').exists()), path/'best.safetensors')
+    if path.is_dir():
+        best, last = path/'best.safetensors', path/'last.safetensors'
+        path = last if last.exists() and not best.exists() else best
     config = path.with_name('model.json')
     for f in (path, config):
-        if not f.exists(): raise FileNotFoundError(f"{f}: no such file; a model is a .safetensors file with model.json beside it")
+        if not f.exists():
+            raise FileNotFoundError(f"{f}: no such file; a model is a .safetensors file with model.json beside it")
     try:
         meta = json.loads(config.read_text())
         model = create_segmenter(**meta['config'])
-    except (json.JSONDecodeError, KeyError, TypeError) as e: raise ValueError(f"{config}: not the description of a model: {e!r}") from e
+    except (json.JSONDecodeError, KeyError, TypeError) as e:
+        raise ValueError(f"{config}: not the description of a model: {e!r}") from e
     try: model.load_state_dict(load_file(path))
     except Exception as e: raise ValueError(f"{path}: not the weights of {meta['config']['name']}: {e}") from e
-    model.classes, model.palette = meta['classes'], None if meta['palette'] is None else np.array(meta['palette'], np.uint8)
+    model.classes, palette = meta['classes'], meta['palette']
+    model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
     return model.to(device).eval()
 
@@ -357,7 +416,8 @@ class RunFolder(Callback):
     def before_fit(self):
         state = self.folder/'state.pt'
         if state.exists() and not self.resume:
-            raise FileExistsError(f"{self.folder} holds a run of {_read_state(state)['epochs']} epochs: resume it, or choose another folder")
+            raise FileExistsError(f"{self.folder} holds a run of {_read_state(state)['epochs']} epochs: resume it, "
+                                  "or choose another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.learn.first_epoch = 0
         if state.exists(): self._restore(_read_state(state))
@@ -383,11 +443,15 @@ def _restore(self:RunFolder, s):
     old, new = flat_settings(json.loads(s['settings'])), flat_settings(self.settings)
     if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
         raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
-    if s['epochs'] == s['n_epoch'] == self.n_epoch and (self.folder/'result.json').exists(): raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
-    if s['n_epoch'] != self.n_epoch: raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: the schedule would differ")
+    if s['epochs'] == s['n_epoch'] == self.n_epoch and (self.folder/'result.json').exists():
+        raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
+    if s['n_epoch'] != self.n_epoch:
+        raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: "
+                         "the schedule would differ")
     self.model.load_state_dict(s['model'])
     self.opt.load_state_dict(s['opt'])
-    if s['scaler'] and getattr(self.learn, 'scaler', None): self.learn.scaler.load_state_dict(s['scaler'])   # of float16
+    if s['scaler'] and getattr(self.learn, 'scaler', None):
+        self.learn.scaler.load_state_dict(s['scaler'])   # of float16
     self.learn.first_epoch, self.rows, self.best, self.iou = s['epochs'], s['rows'], s['best'], s['iou']
 
 # %% ../nbs/31_learner.ipynb #77d22f19
@@ -399,8 +463,10 @@ def after_batch(self:RunFolder):
 
 @patch
 def after_epoch(self:RunFolder):
-    values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))   # without epoch, smoothed loss, time
-    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(), **{k: float(v) for k, v in values.items() if v is not None})
+    # without epoch, smoothed loss, time
+    values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))
+    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(),
+               **{k: float(v) for k, v in values.items() if v is not None})
     for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
     now = time.time()
     row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)
@@ -413,10 +479,13 @@ def after_epoch(self:RunFolder):
     with replacing(self.folder/'log.csv') as tmp: tmp.write_text(rows_to_csv(self.rows))
     if better: self._save('best')
     opt = self.opt.state_dict()
-    for g in opt['param_groups']: g.update({k: v.item() for k, v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
-    with replacing(self.folder/'state.pt') as tmp:
-        torch.save(dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch, rows=self.rows,
-                        best=self.best, iou=self.iou, scaler=s.state_dict() if (s := getattr(self.learn, 'scaler', None)) else None, model=self.model.state_dict(), opt=opt), tmp)
+    for g in opt['param_groups']:
+        g.update({k: v.item() for k, v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
+    scaler = getattr(self.learn, 'scaler', None)
+    state = dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch,
+                 rows=self.rows, best=self.best, iou=self.iou, scaler=scaler.state_dict() if scaler else None,
+                 model=self.model.state_dict(), opt=opt)
+    with replacing(self.folder/'state.pt') as tmp: torch.save(state, tmp)
     if self.tensorboard:
         for k, v in row.items(): self.board.add_scalar(k, v, row['epoch'])
 
@@ -430,12 +499,15 @@ def _save(self:RunFolder, name):
 def after_fit(self:RunFolder):
     self.learn.first_epoch = 0
     if self.tensorboard and is_first(): self.board.close()
-    if not is_first() or not self.rows or self.rows[-1]['epoch'] < self.n_epoch: return   # interrupted: state.pt has it all
+    if not is_first() or not self.rows or self.rows[-1]['epoch'] < self.n_epoch:
+        return   # interrupted: state.pt has it all
     self._save('last')
     last = self.rows[-1]
-    write_json(self.folder/'result.json', dict(settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision, **self._environment,
-        seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'), best_miou=self.best,
-        iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
+    write_json(self.folder/'result.json', dict(
+        settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision,
+        **self._environment,
+        seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'),
+        best_miou=self.best, iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
 # %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):

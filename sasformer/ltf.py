@@ -12,14 +12,16 @@ from .treefilter import edge_affinity, minimum_spanning_tree, tree_filter
 
 # %% ../nbs/08_ltf.ipynb #3d7bb911
 class TreeFilter(nn.Module):
-    "Learnable tree filter: the tree from a guide, the affinities from an embedding of what is filtered, by groups of channels"
+    "Learnable tree filter: the tree from a guide, the affinities from an embedding of the input, by groups of channels"
     def __init__(self,
         channels:int,   # Of what is filtered
         dim:int,        # Of the embedding
         groups:int=16,  # Parts of the channels with affinities of their own
     ):
         super().__init__()
-        if channels%groups or dim%groups: raise ValueError(f"{channels} channels and an embedding of {dim}: expected multiples of the {groups} groups")
+        if channels%groups or dim%groups:
+            raise ValueError(f"{channels} channels and an embedding of {dim}: "
+                             f"expected multiples of the {groups} groups")
         self.groups, self.embed = groups, nn.Conv2d(channels, dim, 1, bias=False)
 
     def forward(self,
@@ -36,7 +38,9 @@ class RefineResidual(nn.Module):
     def __init__(self, i, o):
         super().__init__()
         self.project = nn.Conv2d(i, o, 1, bias=False)
-        self.refine = nn.Sequential(nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True), nn.Conv2d(o, o, 3, padding=1, bias=False))
+        self.refine = nn.Sequential(
+            nn.Conv2d(o, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True),
+            nn.Conv2d(o, o, 3, padding=1, bias=False))
 
     def forward(self, x):
         x = self.project(x)
@@ -44,7 +48,7 @@ class RefineResidual(nn.Module):
 
 # %% ../nbs/08_ltf.ipynb #380b9f14
 class LTFDecoder(nn.Module):
-    "Learnable tree filter network: an FPN whose top-down steps are tree filters (Song et al., arXiv 1909.12513; Liang et al., arXiv 2203.10739)"
+    "Learnable tree filter network: an FPN whose top-down steps are tree filters (arXiv 1909.12513 and 2203.10739)"
     def __init__(self,
         channels:list,     # Channels of the backbone's levels, finest first
         n_classes:int,     # Classes to score
@@ -54,7 +58,8 @@ class LTFDecoder(nn.Module):
     ):
         super().__init__()
         inside = 2*dim
-        self.top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], inside, 1, bias=False), nn.BatchNorm2d(inside), nn.ReLU(inplace=True))
+        self.top = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(channels[-1], inside, 1, bias=False),
+                                 nn.BatchNorm2d(inside), nn.ReLU(inplace=True))
         self.lateral = nn.ModuleList(RefineResidual(c, inside) for c in channels)
         self.filter  = nn.ModuleList(TreeFilter(inside, dim, groups) for _ in channels[:-1])
         self.refine  = nn.ModuleList(RefineResidual(inside, inside) for _ in channels)

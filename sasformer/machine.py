@@ -50,9 +50,11 @@ def choose_precision(
 )->str:                 # 'fp32', 'bf16' or 'fp16'
     "The numbers to compute with"
     device = torch.device(device) if device is not None else choose_device()
-    if precision not in PRECISIONS: raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if precision == 'fp16' and device.type != 'cuda':
-        raise ValueError(f"precision='fp16' scales gradients, which needs an NVIDIA or AMD GPU, and this is {device}: use bf16 or fp32")
+        raise ValueError(f"precision='fp16' scales gradients, which needs an NVIDIA or AMD GPU, and this is {device}: "
+                         "use bf16 or fp32")
     if precision != 'auto': return precision
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
     return 'bf16' if device.type == 'cpu' and cpu_multiplies_bf16() else 'fp32'
@@ -83,11 +85,14 @@ class Machine(NamedTuple):
         return DTYPES[self.precision]
 
     def __str__(self):
-        if self.device.type == 'cuda': return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
+        if self.device.type == 'cuda':
+            return f"{self.device} ({torch.cuda.get_device_name(self.device)}), {self.precision}"
         if self.device.type != 'cpu': return f"{self.device}, {self.precision}"
         without = '' if cpu_multiplies_bf16() else ' (this CPU has no bf16 instructions)'
-        if without and self.precision == 'bf16': without = f" (no bf16 instructions: a product takes {bf16_cost():.0f} times as long as in fp32)"
-        return f"{self.device}, {torch.get_num_threads()} thread{'s'*(torch.get_num_threads() > 1)}, {self.precision}{without}"
+        if without and self.precision == 'bf16':
+            without = f" (no bf16 instructions: a product takes {bf16_cost():.0f} times as long as in fp32)"
+        threads = torch.get_num_threads()
+        return f"{self.device}, {threads} thread{'s'*(threads > 1)}, {self.precision}{without}"
 
 def this_machine(
     device=None,        # As for `choose_device`
@@ -126,7 +131,8 @@ def start_processes(
 
 def stop_processes():
     "Disconnect them, where they were connected"
-    if torch.distributed.is_available() and torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 # %% ../nbs/01_machine.ipynb #d431fd35
 @contextlib.contextmanager
@@ -168,12 +174,15 @@ def peak_memory()->float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)
 
 def _git(*args):
-    try: return subprocess.run(['git', *args], capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent).stdout.strip()
+    try:
+        done = subprocess.run(['git', *args], capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent)
+        return done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired, NameError): return ''
 
 def _cpu_name():
     info = Path('/proc/cpuinfo')
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
 def environment()->dict:
@@ -181,6 +190,8 @@ def environment()->dict:
     import fastai, timm
     changed = _git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', ':(top,exclude)results')
     return dict(commit=_git('rev-parse', '--short', 'HEAD')+('+changes' if changed else ''),
-                machine=f"{_cpu_name()}, {os.cpu_count()} cores", gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-                cpu_capability=torch.backends.cpu.get_cpu_capability(), cpu_bf16=cpu_multiplies_bf16(), threads=torch.get_num_threads(),
-                python=platform.python_version(), torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)
+                machine=f"{_cpu_name()}, {os.cpu_count()} cores",
+                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+                cpu_capability=torch.backends.cpu.get_cpu_capability(), cpu_bf16=cpu_multiplies_bf16(),
+                threads=torch.get_num_threads(), python=platform.python_version(),
+                torch=torch.__version__, timm=timm.__version__, fastai=fastai.__version__)

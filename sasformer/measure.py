@@ -26,7 +26,7 @@ from .segmenters import create_segmenter
 
 # %% ../nbs/33_measure.ipynb #39d11212
 def alternate(
-    variants:dict,   # Name → function without arguments; what it returns is thrown away, unless it is a dict of stage times
+    variants:dict,   # Name → function without arguments; what it returns is ignored, unless a dict of stage times
     steps:int=20,    # Rounds that count
     warmup:int=2,    # Rounds before them
     sync=None,       # Called before the clock is read: `torch.cuda.synchronize` on a GPU
@@ -38,20 +38,24 @@ def alternate(
             start, cpu = time.perf_counter(), time.process_time()
             stages = variants[name]()
             if sync: sync()
-            if i >= warmup: times[name].append((time.perf_counter()-start, time.process_time()-cpu, stages if isinstance(stages, dict) else {}))
+            if i >= warmup:
+                times[name].append((time.perf_counter()-start, time.process_time()-cpu,
+                                    stages if isinstance(stages, dict) else {}))
     return times
 
 def summary(
     times:dict,      # From `alternate`
     base:str=None,   # Variant to which ratios refer; None: the first
 )->dict:             # Name → dict of milliseconds, their quartiles, ratio, stages
-    "Medians; the ratio is the median over rounds of the ratio within a round, that of processor time the ratio of medians"
+    "Medians; the ratio is the median of the ratios within a round, that of processor time the ratio of medians"
     base, out = base or next(iter(times)), {}
     for name, rows in times.items():
         (t, cpu), (ref, ref_cpu) = (np.array([r[:2] for r in times[n]]).T for n in (name, base))
         stages = {k: 1e3*float(np.median([s[k] for *_,s in rows])) for k in rows[0][2]}
         out[name] = dict(ms=1e3*float(np.median(t)), quartiles=[1e3*float(q) for q in np.quantile(t, (.25, .75))],
-                         steps=len(t), ratio=float(np.median(t/ref)), cpu_ratio=float(np.median(cpu)/np.median(ref_cpu)), **(dict(stages=stages) if stages else {}))
+                         steps=len(t), ratio=float(np.median(t/ref)),
+                         cpu_ratio=float(np.median(cpu)/np.median(ref_cpu)),
+                         **(dict(stages=stages) if stages else {}))
     return out
 
 # %% ../nbs/33_measure.ipynb #1e2248fd
@@ -84,7 +88,8 @@ def maps(layers, p):
     "Propagation with all maps built, then averaged"
     return attention_map(layers) @ p
 
-LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagation=propagate_fused), maps=dict(propagation=maps), sampled=dict(form=Form(fraction=.25)))
+LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(propagation=propagate_fused),
+              maps=dict(propagation=maps), sampled=dict(form=Form(fraction=.25)))
 
 def _fold(y, classes): return (y%classes).where(y < PADDING, y)   # the scenes' classes, in a model with fewer
 
@@ -94,12 +99,14 @@ class Step:
         torch.manual_seed(0)
         self.o, self.device = o, torch.device(o.device)
         fmt = torch.channels_last if o.channels_last else torch.contiguous_format
-        self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride).to(self.device, memory_format=fmt)
+        self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride)
+        self.model.to(self.device, memory_format=fmt)
         self.tap, self.fmt, self.quick = AttentionTap(self.model), fmt, QuickAttention()
         self.compiled = torch.compile(self.model)   # nothing is compiled before it is called
         self.opt = OPTIMISERS['sgd'](self.model.parameters(), lr=1e-3)
         src = scenes(n_train=o.batch, n_val=1, size=o.size)
-        self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device, scales=(1., 1.5)).train
+        self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device,
+                                       scales=(1., 1.5)).train
     def sync(self):
         if self.device.type == 'cuda': torch.cuda.synchronize()
     def batch(self):
@@ -112,7 +119,9 @@ class Step:
         stock = variant in ('fused', 'compiled') or (variant in ('propagate', 'maps') and o.precision == 'fp32')
         def tick(): self.sync(); clock.append(time.perf_counter())
         if loss is not None: self.tap.on()
-        with contextlib.nullcontext() if stock else self.quick, torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision == 'bf16'): out = (self.compiled if variant == 'compiled' else self.model)(x)
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=o.precision == 'bf16')
+        model = self.compiled if variant == 'compiled' else self.model
+        with contextlib.nullcontext() if stock else self.quick, autocast: out = model(x)
         out = out.float(); tick()
         total = partial_cross_entropy(out, y); tick()
         if loss is not None: total = total+combine(affinity_loss(self.tap.blocks, out, y, **loss))
@@ -158,8 +167,10 @@ def _step_memory(o, step, name, batch):
         torch.cuda.reset_peak_memory_stats()
         step(name, batch)
         return torch.cuda.max_memory_allocated()/2**20
-    flags = [f for k in ('model', 'size', 'batch', 'classes', 'precision', 'device', 'threads', 'last_stride') for f in (f'--{k}', getattr(o, k))]
-    return fresh_peak(['step', *flags, *(f'--{"" if getattr(o, k) else "no-"}{k}' for k in ('channels_last', 'keep_memory')), '--memory_of', name])
+    valued = 'model', 'size', 'batch', 'classes', 'precision', 'device', 'threads', 'last_stride'
+    flags = [f for k in valued for f in (f'--{k}', getattr(o, k))]
+    switches = [f'--{"" if getattr(o, k) else "no-"}{k}' for k in ('channels_last', 'keep_memory')]
+    return fresh_peak(['step', *flags, *switches, '--memory_of', name])
 
 # %% ../nbs/33_measure.ipynb #4d94910c
 def bench_loader(o)->dict:
@@ -194,7 +205,8 @@ def equal_models(
     from sasformer.mit import mit_sizes
     depths, widths = mit_sizes[name]
     torch.manual_seed(seed)
-    theirs = SegformerForSemanticSegmentation(SegformerConfig(num_labels=n_classes, depths=list(depths), hidden_sizes=list(widths))).eval()
+    config = SegformerConfig(num_labels=n_classes, depths=list(depths), hidden_sizes=list(widths))
+    theirs = SegformerForSemanticSegmentation(config).eval()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         ours = create_segmenter(f'segformer_{name}', n_classes, weights=folder).eval()
@@ -226,9 +238,11 @@ def bench_predict(o)->dict:
         for i in src.splits['val'][:o.images]: src.image(i).save(images/f'{i}.jpg', quality=95)
         files = sorted(images.iterdir())
         run = lambda **kw: predict_folder(ours, images, out, overlays=False, overwrite=True, progress=False, **kw)
-        variants = dict(transformers=lambda: loop_of_transformers(theirs, files, out), ours=lambda: run(), **{'ours, bf16': lambda: run(dtype=torch.bfloat16)})
+        variants = dict(transformers=lambda: loop_of_transformers(theirs, files, out), ours=lambda: run(),
+                        **{'ours, bf16': lambda: run(dtype=torch.bfloat16)})
         rows = summary(alternate(variants, o.repeats, 1))
-        rows = {k: dict(v, images_per_second=1e3*len(files)/v['ms'], speed=rows['transformers']['ms']/v['ms']) for k, v in rows.items()}
+        rows = {k: dict(v, images_per_second=1e3*len(files)/v['ms'], speed=rows['transformers']['ms']/v['ms'])
+                for k, v in rows.items()}
         masks = {}
         for name, f in list(variants.items())[:2]:
             f(); masks[name] = [np.asarray(open_image(p)) for p in sorted(out.glob('*.png'))]
@@ -251,33 +265,37 @@ def bench_evaluate(o)->dict:
     "Evaluation at one scale and at the paper's seven with mirror images"
     src = _source(o)
     src.splits['val'] = src.splits['val'][:o.images]
-    model = create_segmenter(f'segformer_{o.model}', len(src.classes), last_stride=o.last_stride, weights=o.weights).eval()
+    model = create_segmenter(f'segformer_{o.model}', len(src.classes), last_stride=o.last_stride,
+                             weights=o.weights).eval()
     plain = copy.deepcopy(model)
     model.to(memory_format=torch.channels_last)
     from sasformer.metrics import ConfusionMatrix
     def naive(scales, flip):
         cm = ConfusionMatrix(len(src.classes))
         with torch.inference_mode():
-            for i in src.splits['val']: cm.update(one_at_a_time(plain, image_tensor(src.image(i)), scales, flip), torch.tensor(src.mask(i)).long()[None])
+            for i in src.splits['val']:
+                cm.update(one_at_a_time(plain, image_tensor(src.image(i)), scales, flip),
+                          torch.tensor(src.mask(i)).long()[None])
         return cm
     rows, miou = {}, {}
     for name, scales, flip in (('one scale', (1.,), False), ('seven scales, mirrored', paper_scales, True)):
         ours = lambda dtype=None: evaluate(model, src, 'val', scales, flip, progress=False, dtype=dtype)
         variants = {'one at a time': lambda: naive(scales, flip), 'float32': ours, 'bf16': lambda: ours(torch.bfloat16)}
         r = summary(alternate(variants, o.repeats, 1))
-        rows.update({f'{name}, {k}': dict(v, images_per_second=1e3*o.images/v['ms'], speed=r['one at a time']['ms']/v['ms']) for k, v in r.items()})
+        rows.update({f'{name}, {k}': dict(v, images_per_second=1e3*o.images/v['ms'],
+                                          speed=r['one at a time']['ms']/v['ms']) for k, v in r.items()})
         miou.update({f'{name}, {k}': float(f().miou) for k, f in variants.items()})
     return dict(rows=rows, miou=miou, images=len(src.splits['val']))
 
 # %% ../nbs/33_measure.ipynb #15f7c10e
 def _concatenate(decoder, feats):
-    "SegFormer's decoder as its paper has it: every level is projected, resized and concatenated before the second layer"
+    "SegFormer's decoder as its paper has it: every level projected, resized and concatenated before the second layer"
     size = feats[0].shape[-2:]
     levels = [F.interpolate(p(f), size, mode='bilinear', align_corners=False) for p,f in zip(decoder.project, feats)]
     return decoder.fuse(torch.cat(levels[::-1], 1))
 
 def bench_naive(o)->dict:
-    "Training in bf16 with channels last beside the plain float32 loop, and beside the decoder as the paper writes it, with the loss curves"
+    "Training in bf16 with channels last beside the plain float32 loop and the paper's decoder, with the loss curves"
     src = scenes(n_train=64, n_val=1, size=o.size)
     data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=o.device).train
     batches = [(x.as_subclass(torch.Tensor), _fold(y.as_subclass(torch.Tensor), o.classes)) for x,y,_ in data]
@@ -292,7 +310,8 @@ def bench_naive(o)->dict:
         def run(net=net, fast=fast, curve=curve, opt=opt):
             x, y = batches[len(curve)%len(batches)]
             if fast: x = x.to(memory_format=torch.channels_last)
-            with quick if fast else contextlib.nullcontext(), torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=fast): out = net(x)
+            autocast = torch.autocast(torch.device(o.device).type, torch.bfloat16, enabled=fast)
+            with quick if fast else contextlib.nullcontext(), autocast: out = net(x)
             if fast: loss = partial_cross_entropy(out, y)
             else:
                 full = F.interpolate(out, y.shape[-2:], mode='bilinear', align_corners=False)
@@ -301,7 +320,8 @@ def bench_naive(o)->dict:
             curve.append(loss.item())
         variants[name] = run
     rows = summary(alternate(variants, o.steps))
-    rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms']) for k, v in rows.items()}
+    rows = {k: dict(v, images_per_second=1e3*o.batch/v['ms'], speed=rows['plain']['ms']/v['ms'])
+            for k, v in rows.items()}
     return dict(rows=rows, curves=curves)
 
 # %% ../nbs/33_measure.ipynb #2a2bb37b
@@ -345,10 +365,12 @@ def bench_tree(o)->dict:
         scipy_filter(high[0].detach().double().numpy(), scipy_filter(low[0].double().numpy(), x, .02))
     step = Step(o)
     batch = step.batch()
-    times = alternate({'tree energy': ours, 'SciPy and NumPy, forward, one image': plain, 'bare step': lambda: step('bare', batch)}, o.steps)
+    times = alternate({'tree energy': ours, 'SciPy and NumPy, forward, one image': plain,
+                       'bare step': lambda: step('bare', batch)}, o.steps)
     rows = summary(times)
     whole = rows['SciPy and NumPy, forward, one image']
     whole['ms_whole_batch'] = B*whole['ms']
-    flags = ['tree', '--classes', o.classes, '--channels', o.channels, '--tree_size', n, '--tree_batch', B, '--threads', o.threads, '--memory_of']
+    flags = ['tree', '--classes', o.classes, '--channels', o.channels, '--tree_size', n, '--tree_batch', B,
+             '--threads', o.threads, '--memory_of']
     extra = fresh_peak([*flags, 'tree'])-fresh_peak([*flags, 'inputs'])
     return dict(rows=rows, share_of_step=rows['tree energy']['ms']/rows['bare step']['ms'], extra_mb=extra)

@@ -30,11 +30,25 @@ class Method:
 
 METHODS = {}   # Name → dataclass of its options
 
+def _check_options(method, cls):
+    "What a class lacks is said where it is declared, not where somebody types its name"
+    if '__dataclass_fields__' not in vars(cls):
+        raise TypeError(f"method {method!r}: {cls.__name__} is no dataclass, "
+                        f"write @dataclass below @register_method({method!r})")
+    for f in dataclasses.fields(cls):
+        where = f"method {method!r}: option {f.name}"
+        if f.default is dataclasses.MISSING: raise TypeError(f"{where} needs a default; several values are a tuple")
+        if isinstance(f.type, str):
+            raise TypeError(f"{where} has its type {f.type!r} as text: leave out `from __future__ import annotations`")
+
 def register_method(
     name:str,   # What users type
 ):
-    "Makes a dataclass of options known under `name`"
+    "Makes a dataclass of options known under `name`; when its cell is run again, the new one counts"
+    if not name.isidentifier() or name == 'baseline':
+        raise ValueError(f"method {name!r}: expected a name of letters, digits and _, other than baseline")
     def register(cls):
+        _check_options(name, cls)
         cls.name, METHODS[name] = name, cls
         return cls
     return register
@@ -43,7 +57,8 @@ def register_method(
 def among(o, name, allowed):
     "`o.name` is `None` or one of `allowed`"
     value = getattr(o, name)
-    if value is not None and value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(str, allowed))}")
 
 def _numbers(o, names, right, expected):
     for name in names:
@@ -67,7 +82,8 @@ def kind_of(
     field:dataclasses.Field,  # Of a dataclass
 )->tuple:                     # The type of its values (of the items of a tuple), and whether it is a tuple
     "What a field takes besides `None`"
-    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    either = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(field.type) if either else (field.type,)
     kind = next(t for t in kinds if t is not types.NoneType)
     return (typing.get_args(kind)[0], True) if typing.get_origin(kind) is tuple else (kind, False)
 
@@ -94,7 +110,8 @@ def _options(text, cls, spec):
     for part in filter(None, (o.strip() for o in text.split(','))):
         name, is_option, value = (o.strip() for o in part.partition('='))
         if not is_option and last: given[last] += f',{name}'
-        elif name not in fields: raise ValueError(f"method {spec!r}: {cls.name} has no option {name!r}, it has {', '.join(fields)}")
+        elif name not in fields:
+            raise ValueError(f"method {spec!r}: {cls.name} has no option {name!r}, it has {', '.join(fields)}")
         elif name in given: raise ValueError(f"method {spec!r}: option {name!r} comes twice")
         else: given[name], last = value, name
     return {k: convert(fields[k], v) for k, v in given.items()}
@@ -107,7 +124,9 @@ def parse_options(
     if spec == 'baseline': return out
     for part in spec.split('+'):
         name, _, text = part.strip().partition(':')
-        if name not in METHODS: raise ValueError(f"method {spec!r}: no method {name!r}, expected baseline or of {', '.join(METHODS)} (with + between them)")
+        if name not in METHODS:
+            raise ValueError(f"method {spec!r}: no method {name!r}, "
+                             f"expected baseline or of {', '.join(METHODS)} (with + between them)")
         if name in out: raise ValueError(f"method {spec!r}: {name} comes twice")
         out[name] = _options(text, METHODS[name], spec)
     return out
@@ -118,8 +137,11 @@ def parse_method(
 )->dict:              # Name → `Method`
     "The methods that a text names"
     preset = parse_options(defaults) if defaults else {}
-    try: return {name: METHODS[name](**{**preset.get(name, {}), **given}) for name, given in parse_options(spec).items()}
-    except ValueError as e: raise ValueError(str(e) if str(e).startswith('method ') else f"method {spec!r}: {e}") from None
+    try:
+        return {name: METHODS[name](**{**preset.get(name, {}), **given})
+                for name, given in parse_options(spec).items()}
+    except ValueError as e:
+        raise ValueError(str(e) if str(e).startswith('method ') else f"method {spec!r}: {e}") from None
 
 # %% ../nbs/09_methods.ipynb #7af27b9e
 def _text(value): return ','.join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
@@ -137,8 +159,10 @@ def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
     for name, cls in METHODS.items():
-        notes = docments(cls)
-        lines += [f'{name}: {cls.__doc__}', *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
+        # in a notebook Python before 3.13 finds no comments
+        notes = {k: v or '(no comment)' for k, v in docments(cls).items()}
+        lines += [f'{name}: {cls.__doc__}',
+                  *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
 
 def flat_settings(
@@ -158,22 +182,27 @@ class Form:
     blocks:tuple|None = None        # Encoder blocks by index from 1; None: all
     over_blocks:str = 'mean'        # 'mean' or 'sum'
     distance:str = 'L1'             # 'L1', 'L2', 'KL' or 'CE'
-    temperature:float = 1.          # Of the attention: its scores are divided by it, so below 1 it is sharper than the network's own
-    detach:tuple = ()               # What is held fixed, of 'A' (attention), 'V' (propagated scores P'), 'P' (prediction)
-    fraction:float = 1.             # Of the positions that each step and block takes: 1/2, 1/3, … (every 2nd, 3rd, … from a random start); 1: all
+    temperature:float = 1.          # Of the attention: its scores are divided by it, below 1 it is sharper
+    detach:tuple = ()               # Held fixed, of 'A' (attention), 'V' (propagated scores P'), 'P' (prediction)
+    fraction:float = 1.             # Of positions per step and block: 1/2, … (every 2nd, … from a random start); 1: all
 
     def __post_init__(self):
-        for name, value, allowed in (('scores', self.scores, ('logits', 'probabilities')), ('positions', self.positions, ('unlabelled', 'all')),
-                                   ('over_blocks', self.over_blocks, ('mean', 'sum')), ('distance', self.distance, tuple(DISTANCES))):
+        choices = dict(scores=('logits', 'probabilities'), positions=('unlabelled', 'all'),
+                       over_blocks=('mean', 'sum'), distance=tuple(DISTANCES))
+        for name, allowed in choices.items():
+            value = getattr(self, name)
             if value not in allowed: raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
         for name in ('blocks', 'detach'):
             v = getattr(self, name)
             if v is not None: object.__setattr__(self, name, tuple(v))
         n = round(1/self.fraction) if self.fraction > 0 else 0
-        if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011): raise ValueError(f"share={self.share}: expected 1, 1/2, 1/3, 1/4, …")
+        if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011):
+            raise ValueError(f"fraction={self.fraction}: expected 1, 1/2, 1/3, 1/4, …")
         if self.temperature <= 0: raise ValueError(f"temperature={self.temperature}: expected more than 0")
-        if bad := set(self.detach)-set('AVP'): raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
-        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1): raise ValueError(f"blocks={self.blocks}: expected indices from 1")
+        if bad := set(self.detach)-set('AVP'):
+            raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
+        if self.blocks is not None and (not self.blocks or min(self.blocks) < 1):
+            raise ValueError(f"blocks={self.blocks}: expected indices from 1")
 
 # %% ../nbs/20_sasformer.ipynb #83f045cc
 DISTANCES = dict(
@@ -194,7 +223,7 @@ FORMS    = dict(paper=PAPER, released=RELEASED, default=DEFAULT)
 class SASFormer(Method):
     "SASFormer's affinity loss along the attention (Su et al., arXiv 2212.02019)"
     alpha:float = 1.2                   # Weight α of the affinity loss
-    form:str = 'default'                # Its form: default, paper or released; what follows is the form's where it is None
+    form:str = 'default'                # Its form: default, paper or released; it gives what is None below
     start:float = 0.                    # Fraction of the training before the loss comes in
     warmup:float = 0.                   # Fraction of the training over which its weight rises from 0
     blocks:tuple[int, ...]|None = None  # Encoder blocks, counted from 1, as in blocks=1,2
@@ -202,7 +231,7 @@ class SASFormer(Method):
     positions:str|None = None           # Which positions count: unlabelled or all
     double:bool|None = None             # Softmax of the probabilities, as published?
     temperature:float|None = None       # Of the attention; below 1 it is sharper than the network's own
-    detach:str|None = None              # What is held fixed, letters of A (attention), V (scores that are propagated), P (prediction)
+    detach:str|None = None              # Held fixed, letters of A (attention), V (propagated scores), P (prediction)
     fraction:float|None = None          # Of the positions taken in each step: 1/2, 1/3, …; 1 is all
     scores:str|None = None              # What is resized to a block: logits or probabilities
     over_blocks:str|None = None         # mean or sum
@@ -230,13 +259,14 @@ class SASFormer(Method):
 class TEL(Method):
     "Tree energy loss (Liang et al., arXiv 2203.10739)"
     weight:float = .4                          # Weight λ of the tree energy loss
-    sigma:float = .02                          # Squared colour distance at which the affinity on the image's tree falls to 1/e
+    sigma:float = .02                          # Squared colour distance at which the image tree's affinity falls to 1/e
     trees:tuple[str, ...] = ('low', 'high')    # Its trees: low (of the image), high (of the features) or both
 
     def check(self):
         not_negative(self, 'weight')
         positive(self, 'sigma')
-        if not self.trees or set(self.trees)-{'low', 'high'}: raise ValueError(f"trees={','.join(self.trees)}: expected low, high or low,high")
+        if not self.trees or set(self.trees)-{'low', 'high'}:
+            raise ValueError(f"trees={','.join(self.trees)}: expected low, high or low,high")
 
     def callbacks(self):
         from sasformer.tel import TreeEnergyLoss

@@ -31,7 +31,8 @@ class ConfusionMatrix:
         n_classes:int,       # Number of classes C, at most 254
         ignore=(254, 255),   # Codes of padding and unlabelled pixels
     ):
-        if not 0 < n_classes <= 254: raise ValueError(f'n_classes={n_classes}: expected 1 to 254 (254 is padding, 255 unlabelled)')
+        if not 0 < n_classes <= 254:
+            raise ValueError(f'n_classes={n_classes}: expected 1 to 254 (254 is padding, 255 unlabelled)')
         self.n_classes, self.ignore = n_classes, tuple(ignore)
         self.reset()
 
@@ -45,18 +46,23 @@ class ConfusionMatrix:
         target:torch.Tensor,  # Class ids with 254 and 255, (B, H, W)
     ):
         "Count a batch"
-        pred, target = torch.as_tensor(pred).as_subclass(torch.Tensor), torch.as_tensor(target).as_subclass(torch.Tensor)
+        pred = torch.as_tensor(pred).as_subclass(torch.Tensor)
+        target = torch.as_tensor(target).as_subclass(torch.Tensor)
         n = self.n_classes
         if pred.is_floating_point() and (pred.ndim != target.ndim+1 or pred.shape[1] != n):
-            raise ValueError(f'scores of shape {tuple(pred.shape)}: expected (B, {n}, h, w) for targets {tuple(target.shape)}')
+            raise ValueError(f'scores of shape {tuple(pred.shape)}: '
+                             f'expected (B, {n}, h, w) for targets {tuple(target.shape)}')
         pred = to_labels(pred, target.shape[-2:])
-        if pred.shape != target.shape: raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
+        if pred.shape != target.shape:
+            raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
         counted = torch.ones_like(target, dtype=torch.bool)
         for code in self.ignore: counted &= target != code
         pred, target = pred[counted].long(), target[counted].long()
         for what, ids in (('prediction', pred), ('target', target)):
             bad = ids[(ids < 0) | (ids >= n)]
-            if len(bad): raise ValueError(f'{what} holds {bad.unique().tolist()}: expected ids 0 to {n-1} or one of {self.ignore}')
+            if len(bad):
+                raise ValueError(f'{what} holds {bad.unique().tolist()}: '
+                                 f'expected ids 0 to {n-1} or one of {self.ignore}')
         new = torch.bincount(target*n + pred, minlength=n*n).view(n, n)
         self.counts = self.counts.to(new.device) + new
         return self
@@ -94,7 +100,9 @@ def miou(self:ConfusionMatrix): "Mean of `iou` over the classes that occur"; ret
 @patch(as_prop=True)
 def mean_dice(self:ConfusionMatrix): "Mean of `dice` over the classes that occur"; return self.dice.nanmean().item()
 @patch(as_prop=True)
-def mean_accuracy(self:ConfusionMatrix): "Mean of `recall` over the classes that targets have"; return self.recall.nanmean().item()
+def mean_accuracy(self:ConfusionMatrix):
+    "Mean of `recall` over the classes that targets have"
+    return self.recall.nanmean().item()
 @patch(as_prop=True)
 def pixel_accuracy(self:ConfusionMatrix):
     "Share of pixels that are right"
@@ -106,7 +114,8 @@ def table(self:ConfusionMatrix,
     classes:list=None,  # Names, ids if not given
 )->pd.DataFrame:        # One row per class: pixels, iou, recall
     "Per-class numbers"
-    return pd.DataFrame(dict(pixels=self.counts.sum(1).tolist(), iou=self.iou.tolist(), recall=self.recall.tolist()), index=classes)
+    return pd.DataFrame(dict(pixels=self.counts.sum(1).tolist(), iou=self.iou.tolist(), recall=self.recall.tolist()),
+                        index=classes)
 
 # %% ../nbs/30_metrics.ipynb #309c0002
 def _checked_groups(groups, n):
@@ -118,7 +127,7 @@ def _checked_groups(groups, n):
 @patch
 def group_iou(self:ConfusionMatrix,
     groups:dict,  # Name → ids of its classes, such as `Source.groups` gives
-)->dict:          # Name → mean of `iou` over its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
+)->dict:          # Name → mean `iou` of its classes that occur; with 'base' and 'novel' also their mean, 'harmonic'
     "mIoU by groups of classes"
     iou = self.iou
     means = {name: iou[list(ids)].nanmean().item() for name, ids in _checked_groups(groups, self.n_classes).items()}
@@ -132,7 +141,8 @@ def group_iou(self:ConfusionMatrix,
 def all_reduce(self:ConfusionMatrix)->ConfusionMatrix:
     "Sum the counts over all processes, in place (once: a second call would sum again)"
     if dist.is_available() and dist.is_initialized():
-        if dist.get_backend() == 'nccl': self.counts = self.counts.cuda()  # a process without images still has its zeros on the CPU
+        if dist.get_backend() == 'nccl':
+            self.counts = self.counts.cuda()  # a process without images still has its zeros on the CPU
         dist.all_reduce(self.counts)
     return self
 
@@ -141,7 +151,8 @@ def _of_group(name, groups, cm): return cm.group_iou(groups)[name]
 
 class _Shared(Metric):
     "One number of the matrix of a `SegmentationMetrics`; the first of them does the counting for all"
-    def __init__(self, group, name, value=None): self.group, self._name, self._value = group, name, value or attrgetter(name)
+    def __init__(self, group, name, value=None):
+        self.group, self._name, self._value = group, name, value or attrgetter(name)
     @property
     def name(self): return self._name
     @property
@@ -153,7 +164,7 @@ class _Shared(Metric):
 
 # %% ../nbs/30_metrics.ipynb #8a50d530
 class SegmentationMetrics:
-    "Metrics for a fastai `Learner` that share one confusion matrix per epoch: `Learner(…, metrics=SegmentationMetrics(11))`"
+    "Metrics for a `Learner` that share one confusion matrix per epoch: `Learner(…, metrics=SegmentationMetrics(11))`"
     def __init__(self,
         n_classes:int,                                          # Number of classes
         names=('miou', 'pixel_accuracy', 'mean_accuracy'),      # Properties of `ConfusionMatrix` to report
@@ -170,7 +181,7 @@ class SegmentationMetrics:
     def reset(self): self.confusion.reset(); self._total = None
 
     def accumulate(self, learn):
-        "Count the learner's current batch, without the samples that a distributed loader repeats to fill its last batch"
+        "Count the learner's batch, without the samples that a distributed loader repeats to fill its last batch"
         pred, target = learn.pred, learn.y[0] if isinstance(learn.y, tuple) else learn.y   # the label map comes first
         dl = getattr(learn, 'dl', None)
         if all(hasattr(dl, o) for o in ('n', 'n_padded', 'i', 'rank', 'world_size')):

@@ -46,7 +46,8 @@ class MixTransformer(PyramidVisionTransformerV2):
 def _embedding(stage): return f'stages.{stage}.downsample.' if stage else 'patch_embed.'
 
 _common = [(r'dwconv\.dwconv', 'dwconv')]
-_hugging_face = _common + [(r'attention\.', 'attn.'), ('layer_norm_1|layernorm_before', 'norm1'), ('layer_norm_2|layernorm_after', 'norm2')]
+_hugging_face = _common + [(r'attention\.', 'attn.'), ('layer_norm_1|layernorm_before', 'norm1'),
+                           ('layer_norm_2|layernorm_after', 'norm2')]
 _schemes = {           # scheme → name of the first tensor, renaming to timm's names
     'timm': ('patch_embed.proj.weight', [(r'^stages_(\d)', r'stages.\1')]),
     'original': ('patch_embed1.proj.weight', _common + [
@@ -67,7 +68,7 @@ _schemes = {           # scheme → name of the first tensor, renaming to timm's
 # %% ../nbs/10_mit.ipynb #4d313fbd
 def mit_names(
     state:dict,  # Tensors by name, in any of the known schemes
-)->tuple:        # The scheme; the encoder's tensors (and the classifier's, if any) under timm's names; names of all other tensors
+)->tuple:        # Scheme; tensors of the encoder (and classifier, if any) by timm's names; names of all other tensors
     "Rename the tensors of a MiT checkpoint to timm's names"
     for scheme, (first, rules) in _schemes.items():
         start = [n for n in state if n == first or n.endswith('.' + first)]
@@ -77,7 +78,8 @@ def mit_names(
                          f'found {", ".join(list(state)[:3]) or "no tensor"}, …')
     prefix, weights, other = start[0][:-len(first)], {}, []
     for name, x in state.items():
-        if m := re.fullmatch(rf'(?:{re.escape(prefix)})?(?:head|classifier)\.(weight|bias)', name): weights['head.' + m[1]] = x
+        if m := re.fullmatch(rf'(?:{re.escape(prefix)})?(?:head|classifier)\.(weight|bias)', name):
+            weights['head.' + m[1]] = x
         elif not name.startswith(prefix) or name.startswith(('decode_head.', 'auxiliary_head.')): other.append(name)
         else:
             new = name[len(prefix):]
@@ -93,7 +95,8 @@ def mit_names(
 def _architecture(weights):
     "Name the model whose tensors these are, as far as depths, widths and MLP ratio tell"
     stages = [i for i in range(4) if f'stages.{i}.norm.weight' in weights]
-    depths = tuple(len([n for n in weights if re.fullmatch(rf'stages\.{i}\.blocks\.\d+\.norm1\.weight', n)]) for i in stages)
+    depths = tuple(len([n for n in weights if re.fullmatch(rf'stages\.{i}\.blocks\.\d+\.norm1\.weight', n)])
+                   for i in stages)
     widths = tuple(len(weights[f'stages.{i}.norm.weight']) for i in stages)
     ratios = tuple(len(weights.get(f'stages.{i}.blocks.0.mlp.fc1.weight', ())) // w for i, w in zip(stages, widths))
     for name, (d, w) in mit_sizes.items():
@@ -102,7 +105,8 @@ def _architecture(weights):
 
 def _problems(weights, model, skip=()):
     "Compare names and shapes of an encoder's tensors, return a message or None"
-    weights, model = ({n: x for n, x in d.items() if not n.startswith('head.') and n not in skip} for d in (weights, model))
+    weights, model = ({n: x for n, x in d.items() if not n.startswith('head.') and n not in skip}
+                      for d in (weights, model))
     wrong = [f'{n} is {tuple(weights[n].shape)}, expected {tuple(x.shape)}'
              for n, x in model.items() if n in weights and weights[n].shape != x.shape]
     found = dict(missing=[n for n in model if n not in weights], unexpected=[n for n in weights if n not in model])
@@ -136,17 +140,29 @@ def _create_mit(name, pretrained=False, **kwargs):
 
 # %% ../nbs/10_mit.ipynb #73a3c80a
 @register_model
-def mit_b0(pretrained=False, **kwargs): "MiT-B0, 3.3 M parameters without classifier";  return _create_mit('mit_b0', pretrained, **kwargs)
+def mit_b0(pretrained=False, **kwargs):
+    "MiT-B0, 3.3 M parameters without classifier"
+    return _create_mit('mit_b0', pretrained, **kwargs)
 @register_model
-def mit_b1(pretrained=False, **kwargs): "MiT-B1, 13.2 M parameters without classifier"; return _create_mit('mit_b1', pretrained, **kwargs)
+def mit_b1(pretrained=False, **kwargs):
+    "MiT-B1, 13.2 M parameters without classifier"
+    return _create_mit('mit_b1', pretrained, **kwargs)
 @register_model
-def mit_b2(pretrained=False, **kwargs): "MiT-B2, 24.2 M parameters without classifier"; return _create_mit('mit_b2', pretrained, **kwargs)
+def mit_b2(pretrained=False, **kwargs):
+    "MiT-B2, 24.2 M parameters without classifier"
+    return _create_mit('mit_b2', pretrained, **kwargs)
 @register_model
-def mit_b3(pretrained=False, **kwargs): "MiT-B3, 44.1 M parameters without classifier"; return _create_mit('mit_b3', pretrained, **kwargs)
+def mit_b3(pretrained=False, **kwargs):
+    "MiT-B3, 44.1 M parameters without classifier"
+    return _create_mit('mit_b3', pretrained, **kwargs)
 @register_model
-def mit_b4(pretrained=False, **kwargs): "MiT-B4, 60.8 M parameters without classifier"; return _create_mit('mit_b4', pretrained, **kwargs)
+def mit_b4(pretrained=False, **kwargs):
+    "MiT-B4, 60.8 M parameters without classifier"
+    return _create_mit('mit_b4', pretrained, **kwargs)
 @register_model
-def mit_b5(pretrained=False, **kwargs): "MiT-B5, 81.4 M parameters without classifier"; return _create_mit('mit_b5', pretrained, **kwargs)
+def mit_b5(pretrained=False, **kwargs):
+    "MiT-B5, 81.4 M parameters without classifier"
+    return _create_mit('mit_b5', pretrained, **kwargs)
 
 # %% ../nbs/10_mit.ipynb #3b662e5e
 def check_hub(
@@ -155,14 +171,17 @@ def check_hub(
 ):
     "Raises `ConnectionError` if weights lie neither in this machine's cache nor within reach, with the way out"
     names = 'model.safetensors', 'pytorch_model.bin', 'open_clip_model.safetensors'
-    if any(isinstance(try_to_load_from_cache(repo_id.partition('@')[0], n), str) for n in names) or urllib.request.getproxies(): return
+    cached = any(isinstance(try_to_load_from_cache(repo_id.partition('@')[0], n), str) for n in names)
+    if cached or urllib.request.getproxies(): return
     host = urllib.parse.urlsplit(constants.ENDPOINT)
     try:
         if constants.HF_HUB_OFFLINE: raise OSError('HF_HUB_OFFLINE is set')
         socket.create_connection((host.hostname, host.port or (443 if host.scheme == 'https' else 80)), timeout).close()
     except OSError as e:
-        raise ConnectionError(f"{repo_id}: these weights are not in the cache of this machine, and {constants.ENDPOINT} cannot be reached ({e}). "
-                              f"Where there is a network, fetch {constants.ENDPOINT}/{repo_id.partition('@')[0]}/resolve/main/model.safetensors "
+        file = f"{constants.ENDPOINT}/{repo_id.partition('@')[0]}/resolve/main/model.safetensors"
+        raise ConnectionError(f"{repo_id}: these weights are not in the cache of this machine, "
+                              f"and {constants.ENDPOINT} cannot be reached ({e}). Where there is a network, "
+                              f"fetch {file} "
                               "(or pytorch_model.bin), and give the path of that file as the weights") from None
 
 # %% ../nbs/10_mit.ipynb #a5d426f5
@@ -178,7 +197,8 @@ def _read(source):
         files = [path/n for n in ('model.safetensors', 'pytorch_model.bin') if (path/n).is_file()]
         if not files: raise FileNotFoundError(f'{path}: expected model.safetensors or pytorch_model.bin in this folder')
         path = files[0]
-    is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', str(source)) and path.suffix not in ('.safetensors', '.pth', '.pt', '.bin')
+    is_file_name = path.suffix in ('.safetensors', '.pth', '.pt', '.bin')
+    is_hub_id = re.fullmatch(r'[\w.-]+/[\w.-]+(@[\w.-]+)?', str(source)) and not is_file_name
     if not (path.is_file() or is_hub_id):
         raise FileNotFoundError(f'{source}: no such file, and no hub id either (expected owner/name)')
     try:

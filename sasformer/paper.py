@@ -30,20 +30,28 @@ BASES = dict(mini=MINI, full=FULL)
 
 # %% ../nbs/65_paper.ipynb #065947c6
 PUBLISHED = dict(
-    source="SASFormer, arXiv 2212.02019: mIoU in per cent on PASCAL VOC 2012 val, tables as printed; AFA: arXiv 2203.02664",
-    table1={"DenseCRF Loss (ResNet101, multi-stage)": 57.00, "A2GNN (ResNet101, multi-stage)": 66.80, "Seminar (ResNet101, multi-stage)": 72.51,
-            "What's the point (VGG16)": 43.40, "TEL (ResNet101)": 68.40, 'baseline': 64.21, 'TEL': 69.33, 'SASFormer': 73.13},
-    table2={"ScribbleSup (VGG16, multi-stage)": 63.10, "DenseCRF Loss (ResNet101, multi-stage)": 75.00, "GridCRF Loss (ResNet101, multi-stage)": 72.80,
-            "URSS (ResNet101, multi-stage)": 76.10, "Seminar (ResNet101, multi-stage)": 76.20, "A2GNN (ResNet101, multi-stage)": 76.20,
-            "BPG (ResNet101)": 76.00, "SPML (ResNet101)": 76.10, "PSI (ResNet101)": 74.90, "TEL (ResNet101)": 77.30,
-            "baseline": 73.37, 'TEL': 78.53, 'SASFormer': 79.49},
+    source="SASFormer, arXiv 2212.02019: mIoU in per cent on PASCAL VOC 2012 val, tables as printed; "
+           "AFA: arXiv 2203.02664",
+    table1={
+        "DenseCRF Loss (ResNet101, multi-stage)": 57.00, "A2GNN (ResNet101, multi-stage)": 66.80,
+        "Seminar (ResNet101, multi-stage)": 72.51, "What's the point (VGG16)": 43.40, "TEL (ResNet101)": 68.40,
+        'baseline': 64.21, 'TEL': 69.33, 'SASFormer': 73.13},
+    table2={
+        "ScribbleSup (VGG16, multi-stage)": 63.10, "DenseCRF Loss (ResNet101, multi-stage)": 75.00,
+        "GridCRF Loss (ResNet101, multi-stage)": 72.80, "URSS (ResNet101, multi-stage)": 76.10,
+        "Seminar (ResNet101, multi-stage)": 76.20, "A2GNN (ResNet101, multi-stage)": 76.20,
+        "BPG (ResNet101)": 76.00, "SPML (ResNet101)": 76.10, "PSI (ResNet101)": 74.90, "TEL (ResNet101)": 77.30,
+        'baseline': 73.37, 'TEL': 78.53, 'SASFormer': 79.49},
     table3={'none': 73.37, '1': 77.38, '2': 76.97, '3': 75.98, '4': 74.10, '1+2': 79.06, '1+2+3': 79.24, 'all': 79.49},
-    table4={"Segmenter without": 72.75, "Segmenter with": 76.11, "SETR without": 70.47, "SETR with": 76.04, "SegFormer without": 73.37, "SegFormer with": 79.49},
+    table4={
+        "Segmenter without": 72.75, "Segmenter with": 76.11, "SETR without": 70.47, "SETR with": 76.04,
+        "SegFormer without": 73.37, "SegFormer with": 79.49},
     table5={'KL': 78.62, 'CE': 76.80, 'L1': 77.25, 'L2': 79.49},
     afa={"MiT-B1, image tags": 66.0})
 
 # %% ../nbs/65_paper.ipynb #eb0dbe45
-SECONDS = dict(tags=20.0, point=22.1, scribble=34.9, dense=239.7)   # Bearman et al., "What's the Point", ECCV 2016: tags, one point a class, squiggles, full masks
+# Bearman et al., "What's the Point", ECCV 2016: tags, one point a class, squiggles, full masks
+SECONDS = dict(tags=20.0, point=22.1, scribble=34.9, dense=239.7)
 
 # %% ../nbs/65_paper.ipynb #ec4f0f72
 @dataclass(frozen=True)
@@ -59,12 +67,18 @@ class Table:
 
 _baseline, _tel, _sasformer, _both = (dict(method=m) for m in ('baseline', 'tel', 'sasformer', 'sasformer+tel'))
 _point, _scribble = (dict(base=b, **_sasformer) for b in ('point', 'scribble'))
-_methods = lambda base: {'baseline': dict(base=base, **_baseline), 'TEL': dict(base=base, **_tel), 'SASFormer': dict(base=base, **_sasformer)}
-_without_with = lambda label, **kw: {f'{label} without': dict(base='scribble', **_baseline, **kw), f'{label} with': dict(base='scribble', **_sasformer, **kw)}
+_methods = lambda base: {
+    'baseline': dict(base=base, **_baseline), 'TEL': dict(base=base, **_tel),
+    'SASFormer': dict(base=base, **_sasformer)}
+_without_with = lambda label, **kw: {
+    f'{label} without': dict(base='scribble', **_baseline, **kw),
+    f'{label} with': dict(base='scribble', **_sasformer, **kw)}
 
 def _vit(decoder, **kw):
-    "A ViT of each size, without what a recipe says about MiT and its decoder: it has no stages, so no stride into the last one"
-    return dict(model=dict(mini=f'{decoder}_vit_tiny_patch16_224', full=f'{decoder}_vit_base_patch16_384'), weights=dict(mini=None, full='timm'),
+    "A ViT of each size, without what a recipe says of MiT and its decoder: having no stages, no stride into the last"
+
+    return dict(model=dict(mini=f'{decoder}_vit_tiny_patch16_224', full=f'{decoder}_vit_base_patch16_384'),
+                weights=dict(mini=None, full='timm'),
                 last_stride=None, decoder_dim=None, dropout=None, **kw)   # the decoder's own
 
 # %% ../nbs/65_paper.ipynb #3886a7e5
@@ -73,19 +87,25 @@ TABLES = dict(
                  'The text of section 4.2 gives SASFormer 72.78, its table 73.13.'),
     table2=Table('Table 2: scribble labels', _methods('scribble'), 3, PUBLISHED['table2']),
     table3=Table('Table 3: encoder blocks in the affinity loss, scribbles', {
-        'none': dict(base='scribble', **_baseline), **{b: dict(_scribble, blocks=b.replace('+', ',')) for b in ('1', '2', '3', '4', '1+2', '1+2+3')},
+        'none': dict(base='scribble', **_baseline),
+        **{b: dict(_scribble, blocks=b.replace('+', ',')) for b in ('1', '2', '3', '4', '1+2', '1+2+3')},
         'all': _scribble}, 3, PUBLISHED['table3']),
-    table4=Table('Table 4: segmenters with and without the affinity loss, scribbles',
-        {**_without_with('Segmenter', **_vit('segmenter', lr=dict(mini=2e-4, full=RECIPES['voc2012_scribble']['lr']))), **_without_with('SETR', **_vit('setr')), **_without_with('SegFormer')}, 3, PUBLISHED['table4']),
-    table5=Table('Table 5: distance in the affinity loss, scribbles', {d: dict(_scribble, distance=d) for d in ('KL', 'CE', 'L1', 'L2')}, 3, PUBLISHED['table5'],
-                 "The paper's text says that L1 is best with 79.49: its columns L1 and L2 look swapped. Ours at size mini is the default form, where L1 is the default."))
+    table4=Table('Table 4: segmenters with and without the affinity loss, scribbles', {
+        **_without_with('Segmenter', **_vit('segmenter', lr=dict(mini=2e-4, full=RECIPES['voc2012_scribble']['lr']))),
+        **_without_with('SETR', **_vit('setr')),
+        **_without_with('SegFormer')}, 3, PUBLISHED['table4']),
+    table5=Table('Table 5: distance in the affinity loss, scribbles',
+                 {d: dict(_scribble, distance=d) for d in ('KL', 'CE', 'L1', 'L2')}, 3, PUBLISHED['table5'],
+                 "The paper's text says that L1 is best with 79.49: its columns L1 and L2 look swapped. "
+                 "Ours at size mini is the default form, where L1 is the default."))
 
 # %% ../nbs/65_paper.ipynb #35a92f18
 _levels = {**{f'length {l:g}': f'scribble:length={l:g}' if l < 1 else 'scribble' for l in (1, .7, .5, .3, 0)},
            **{f'{100-100*d:.0f} % of the objects': f'scribble:drop={d:g}' for d in (.25, .5, .75)}}
 TABLES.update(
     alpha=Table('Weight of the affinity loss, as a multiple of the base\'s α', {
-        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline)) for b in ('point', 'scribble') for t in (0, .25, .5, 1, 2.5, 4)}),
+        f'{b} × {t:g}': dict(base=b, **(dict(_sasformer, times=t) if t else _baseline))
+        for b in ('point', 'scribble') for t in (0, .25, .5, 1, 2.5, 4)}),
     form=Table('Forms of the affinity loss, scribbles', {
         'baseline': dict(base='scribble', **_baseline),
         'default form': dict(_scribble, form='default'),
@@ -99,19 +119,28 @@ TABLES.update(
         'default, stride 2': dict(_scribble, form='default', last_stride=2),
         'baseline, stride 2': dict(base='scribble', **_baseline, last_stride=2)}),
     robustness=Table('Shorter scribbles, and fewer labelled objects', {
-        f'{k}, {m}': dict(base='scribble', method=m, annotation=a) for k, a in _levels.items() for m in ('baseline', 'sasformer')}),
+        f'{k}, {m}': dict(base='scribble', method=m, annotation=a)
+        for k, a in _levels.items() for m in ('baseline', 'sasformer')}),
     time=Table('mIoU against annotation time', {
         **{f'{b}, {m}': dict(base=b, method=m) for b in ('point', 'scribble') for m in ('baseline', 'sasformer')},
         'dense, baseline': dict(base='scribble', annotation='dense', **_baseline)}, 3,
-        {'tags, AFA (MiT-B1)': PUBLISHED['afa']["MiT-B1, image tags"], 'point, baseline': 64.21, 'point, sasformer': 73.13, 'scribble, baseline': 73.37, 'scribble, sasformer': 79.49},
+        {'tags, AFA (MiT-B1)': PUBLISHED['afa']["MiT-B1, image tags"],
+         'point, baseline': 64.21, 'point, sasformer': 73.13, 'scribble, baseline': 73.37,
+         'scribble, sasformer': 79.49},
         'Seconds per image: '+', '.join(f'{k} {v:g}' for k, v in SECONDS.items())+" (What's the Point, ECCV 2016)."),
-    sampled=Table('The affinity loss on a random share of the rows', {'all rows': _scribble, '25 % of the rows': dict(_scribble, fraction=.25)}))
+    sampled=Table('The affinity loss on a random share of the rows',
+                  {'all rows': _scribble, '25 % of the rows': dict(_scribble, fraction=.25)}))
 
 # %% ../nbs/65_paper.ipynb #6d682b80
 TABLES.update(
-    scenes=Table('What make demo trains', {'baseline': _baseline, 'sasformer': _sasformer, 'sasformer-alpha3': dict(_sasformer, alpha=3.), 'tel': _tel}, 3, base=dict(recipe='scenes'), folder='scenes'),
-    scenes_scribble=Table('Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
-                          base=dict(recipe='scenes', annotation='scribble', alpha=1.2, start=0.), folder='scenes_scribble'),
+    scenes=Table('What make demo trains', {
+        'baseline': _baseline,
+        'sasformer': _sasformer,
+        'sasformer-alpha3': dict(_sasformer, alpha=3.),
+        'tel': _tel}, 3, base=dict(recipe='scenes'), folder='scenes'),
+    scenes_scribble=Table(
+        'Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
+        base=dict(recipe='scenes', annotation='scribble', alpha=1.2, start=0.), folder='scenes_scribble'),
     scenes_switches=Table('Scenes, points (short scribbles where it says so): weight and start of the affinity loss', {
         'baseline': _baseline,
         'alpha0.4-start0': dict(alpha=.4, start=0.),
@@ -123,22 +152,28 @@ TABLES.update(
         'dense-baseline': dict(annotation='dense', **_baseline),
         'short-baseline': dict(annotation='scribble:length=0.1', **_baseline),
         'short-alpha1.2-start0': dict(annotation='scribble:length=0.1', alpha=1.2, start=0.),
-        'short-alpha1.2-start.5': dict(annotation='scribble:length=0.1', alpha=1.2, start=.5)}, base=dict(recipe='scenes', **_sasformer), folder='scenes_switches'))
+        'short-alpha1.2-start.5': dict(annotation='scribble:length=0.1', alpha=1.2, start=.5)},
+        base=dict(recipe='scenes', **_sasformer), folder='scenes_switches'))
 
-_labels = dict(points='point', short='scribble:length=0.1', long='scribble', block10='block10', block20='block20', block50='block50')
+_labels = dict(points='point', short='scribble:length=0.1', long='scribble',
+               block10='block10', block20='block20', block50='block50')
 _camvid = dict(recipe='camvid', weights='pretrained')
 _four = 'baseline', 'tel', 'sasformer', 'sasformer+tel'
 _matrix = lambda labels, *methods: {f'{k}-{m}': dict(annotation=_labels[k], method=m) for k in labels for m in methods}
-_camvid_rows = {**_matrix(('points', 'short', 'long'), 'baseline', 'sasformer'), 'dense-baseline': dict(annotation='dense', **_baseline)}
+_camvid_rows = {**_matrix(('points', 'short', 'long'), 'baseline', 'sasformer'),
+                'dense-baseline': dict(annotation='dense', **_baseline)}
 TABLES.update(
     camvid=Table('CamVid: points, short and long scribbles, masks', _camvid_rows, 3, base=_camvid, folder='camvid'),
     camvid_scratch=Table('CamVid, from scratch', _camvid_rows, 3, base=dict(recipe='camvid'), folder='camvid_scratch'),
-    tel=Table('CamVid: tree energy loss and affinity loss, alone and together',
-              {**_matrix(('points', 'long'), *_four), **{k: dict(r, epochs=5) for k, r in _matrix(('block10', 'block20', 'block50'), *_four).items()}}, 3, base=_camvid, folder='camvid'))
+    tel=Table('CamVid: tree energy loss and affinity loss, alone and together', {
+        **_matrix(('points', 'long'), *_four),
+        **{k: dict(r, epochs=5) for k, r in _matrix(('block10', 'block20', 'block50'), *_four).items()}},
+        3, base=_camvid, folder='camvid'))
 
 # %% ../nbs/65_paper.ipynb #49c2ccf0
 TABLES.update(
-    camvid_switches=Table('CamVid, points (short scribbles where it says so): one change at a time, from α = 1.2 from the start', {
+    camvid_switches=Table(
+        'CamVid, points (short scribbles where it says so): one change at a time, from α = 1.2 from the start', {
         'alpha1.2-start0': {},
         'short-alpha1.2-start0': dict(annotation='scribble:length=0.1'),
         'alpha.3-start.5': dict(alpha=.3, start=.5),
@@ -166,7 +201,8 @@ TABLES.update(
         'fixed-V': dict(detach='V'),
         'crop192': dict(size=192),
         'crop192-baseline': dict(size=192, **_baseline),
-        'tel-sigma.02': dict(sigma=.02, **_tel)}, base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
+        'tel-sigma.02': dict(sigma=.02, **_tel)},
+        base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
 # %% ../nbs/65_paper.ipynb #ddbab6a8
 def cell_recipe(
@@ -201,10 +237,12 @@ def _row_cell(row, size):
     base, times = BASES[size][row.pop('base')], row.pop('times', 1)
     if times != 1: row['alpha'] = round(times*_meaning({**base, 'method': 'sasformer'})['alpha'], 6)
     before, after = _meaning({**base, 'method': row['method']}), _meaning({**base, **row})
-    formed = {**_meaning({**base, 'method': row['method'], 'form': after.get('form')}), 'form': before.get('form')}   # the row's form without its changes
+    # the row's form without its changes
+    formed = {**_meaning({**base, 'method': row['method'], 'form': after.get('form')}), 'form': before.get('form')}
     new = {k: v for k, v in row.items() if k != 'method' and after[k] != formed[k]}
     plain = lambda v: str(v).replace(',', '+').replace(':', '_')
-    parts = [v if k == 'model' else f'{k}={plain(v)}' for k,v in sorted(new.items()) if k != 'annotation' and v is not None]
+    parts = [v if k == 'model' else f'{k}={plain(v)}'
+             for k, v in sorted(new.items()) if k != 'annotation' and v is not None]
     name = '-'.join([plain(after['annotation']), row['method'].replace('+', '_'), *parts])
     return name, {**base, **new, 'method': row['method']}
 
@@ -291,10 +329,11 @@ def _start(cell, out, path, weights, device, launcher):
     except BlockingIOError: return lock.close()
     r = cell_recipe(cell, path, weights)
     write_json(out/'cell.json', dataclasses.asdict(r))
-    command = [*(shlex.split(launcher) if launcher else [sys.executable]), '-m', 'sasformer.paper', 'cell', str(out), *(['--device', device] if device else [])]
-    threads = dict(OMP_NUM_THREADS='1') if device == 'cpu' else {}
+    command = [*(shlex.split(launcher) if launcher else [sys.executable]), '-m', 'sasformer.paper', 'cell', str(out)]
+    if device: command += ['--device', device]
+    env = {**os.environ, **(dict(OMP_NUM_THREADS='1') if device == 'cpu' else {})}
     with open(out/'output.txt', 'a') as log, lock:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **threads}, pass_fds=(lock.fileno(),))
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, pass_fds=(lock.fileno(),))
 
 def train_cell(out, device=None):
     "Train the cell whose recipe lies in `out`, or go on with it; the first process returns its result"
@@ -310,7 +349,8 @@ def train_cell(out, device=None):
 def _collect(name, cell, results, work, weights):
     "Copy the result of a finished run"
     r = json.loads((work/name/'result.json').read_text())
-    if differ := differences(r['settings'], cell, weights): raise ValueError(f"{work/name} was run with other settings: {differ}; remove it to run it again")
+    if differ := differences(r['settings'], cell, weights):
+        raise ValueError(f"{work/name} was run with other settings: {differ}; remove it to run it again")
     results.mkdir(parents=True, exist_ok=True)
     write_json(results/f'{name}.json', r)
     return r
@@ -325,7 +365,9 @@ def missing_cells(
     for name, cell in cells.items():
         try:
             file = Path(results)/f'{name}.json'
-            if not file.exists(): cell_recipe(cell, weights=weights); todo.append(name)
+            if not file.exists():
+                cell_recipe(cell, weights=weights)
+                todo.append(name)
             elif differ := differences(json.loads(file.read_text())['settings'], cell, weights):
                 raise ValueError(f"{file} has other settings than its cell: {differ}; remove it to run it again")
         except (ValueError, KeyError) as e: raise ValueError(f"{name}: {e}") from e
@@ -341,14 +383,17 @@ def run_cells(
     jobs:int=1,         # Cells side by side
     device:str='cpu',   # Where they train; None: a GPU if there is one. On the CPU each has one thread
     launcher:str=None,  # What starts a cell in several processes, as 'torchrun --standalone --nproc_per_node 4'
-    done=noop,          # Called with the name and the result of each cell that has ended, and `None` where another process is at it
+    # Called with the name and the result of each cell that has ended, and `None` where another process is at it
+    done=noop,
     show=noop,          # Called again and again with the files that running cells write into, by name
 )->list:                # Names of the cells that were run
-    "Run the cells that have no result file with the same settings; a cell that fails keeps none of the others from running"
+    "Run the cells that have no result file with the same settings; one that fails keeps no other from running"
     if jobs < 1: raise ValueError(f"jobs={jobs}: expected at least 1")
     results, work = Path(results), Path(work)
     todo, running, ended, failed = missing_cells(cells, results, weights), {}, [], {}
-    if weights is None and (n := next((n for n in todo if cells[n].get('weights') == 'pretrained'), None)): raise ValueError(f"{n} starts from pretrained weights: give --weights")
+    pretrained = [n for n in todo if cells[n].get('weights') == 'pretrained']
+    if weights is None and pretrained:
+        raise ValueError(f"{pretrained[0]} starts from pretrained weights: give --weights")
     def collect(name):
         r = _collect(name, cells[name], results, work, weights)
         ended.append(name)
@@ -383,9 +428,11 @@ def read_results(
     for f in sorted(Path(folder).glob('*.json')):
         r = json.loads(f.read_text())
         variant, _, seed = f.stem.rpartition('-seed')
-        rows.append(dict(variant=variant, seed=int(seed), miou=100*r['miou'], seconds=r['seconds'], iou=r['iou'], curve=r['curve'], settings=flat_settings(r['settings']),
-                         machine=r['machine'], commit=r['commit']))
-    return pd.DataFrame(rows, columns=None if rows else ['variant','seed','miou','seconds','iou','curve','settings','machine','commit'])
+        rows.append(dict(
+            variant=variant, seed=int(seed), miou=100*r['miou'], seconds=r['seconds'], iou=r['iou'],
+            curve=r['curve'], settings=flat_settings(r['settings']), machine=r['machine'], commit=r['commit']))
+    names = 'variant', 'seed', 'miou', 'seconds', 'iou', 'curve', 'settings', 'machine', 'commit'
+    return pd.DataFrame(rows, columns=None if rows else names)
 
 def result_table(
     df,    # From `read_results`
@@ -398,7 +445,8 @@ def result_table(
     for v in variants or list(dict.fromkeys(df.variant)):
         d = df[df.variant == v]
         if not len(d): continue
-        rows[v] = dict(seeds=len(d), mIoU=round(d.miou.mean(), 1), spread=round(d.miou.max()-d.miou.min(), 1) if len(d) > 1 else None)
+        spread = round(d.miou.max()-d.miou.min(), 1) if len(d) > 1 else None
+        rows[v] = dict(seeds=len(d), mIoU=round(d.miou.mean(), 1), spread=spread)
         if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
@@ -408,7 +456,7 @@ def paper_table(
     results:Path='results',  # Folder of the folders of result files
     size:str='mini',
     seeds:int=None,          # Only seeds 0 to this minus one; None: all there are
-)->'pd.DataFrame':             # Rows of the table; seeds, mIoU, spread (max - min), published; `attrs['stale']`: files with other settings, left out
+)->'pd.DataFrame':   # Rows with seeds, mIoU, spread (max - min), published; `attrs['stale']`: files of other settings
     "A table with the published numbers beside ours, in per cent"
     import pandas as pd
     folder, rows, stale = Path(results)/table_folder(table, size), {}, []
@@ -422,7 +470,8 @@ def paper_table(
             except ValueError as e: differ = str(e)
             if differ: stale.append(f'{f.name}: {differ}')
             else: values.append(100*r['miou'])
-        rows[row] = dict(seeds=len(values), mIoU=np.mean(values) if values else np.nan, spread=np.ptp(values) if len(values) > 1 else np.nan, published=t.published.get(row, np.nan))
+        mean, spread = np.mean(values) if values else np.nan, np.ptp(values) if len(values) > 1 else np.nan
+        rows[row] = dict(seeds=len(values), mIoU=mean, spread=spread, published=t.published.get(row, np.nan))
     df = pd.DataFrame(rows).T.astype(dict(seeds=int)).rename_axis('row')
     df.attrs.update(stale=list(dict.fromkeys(stale)), missing=[r for r in cells if not rows[r]['seeds']])
     return df if t.published else df.drop(columns='published')
@@ -430,7 +479,7 @@ def paper_table(
 # %% ../nbs/65_paper.ipynb #3044ddc5
 def same_order(
     df,   # From `paper_table`
-)->dict:               # pairs; same: in the order as published; clear: pairs further apart than both spreads; clear_same: of these, in the published order
+)->dict:   # pairs; same: in the published order; clear: further apart than both spreads; clear_same: both of these
     "How many pairs of rows are in the published order"
     d = df.dropna(subset=['mIoU','published']) if 'published' in df else df[:0]
     signs = []
@@ -438,7 +487,8 @@ def same_order(
         if a.published == b.published: continue
         spread = max(np.nan_to_num(a.spread), np.nan_to_num(b.spread)) if min(a.seeds, b.seeds) > 1 else np.inf
         signs.append((np.sign(a.mIoU-b.mIoU) == np.sign(a.published-b.published), abs(a.mIoU-b.mIoU) > spread))
-    return dict(pairs=len(signs), same=sum(s for s, _ in signs), clear=sum(c for _, c in signs), clear_same=sum(s and c for s, c in signs))
+    same, clear = [s for s, _ in signs], [c for _, c in signs]
+    return dict(pairs=len(signs), same=sum(same), clear=sum(clear), clear_same=sum(s and c for s, c in signs))
 
 def order_sentence(
     df,  # From `paper_table`
@@ -447,8 +497,11 @@ def order_sentence(
     o = same_order(df)
     if not o['pairs']: return "No two rows have both a number of ours and a published one yet."
     words = f"The published order holds for {o['same']} of {o['pairs']} pairs of rows"
-    if o['clear']: return f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, {o['clear_same']} of these in the published order."
-    return f"{words}; " + ("no pair differs by more than the spread of its seeds." if (df['seeds'] > 1).sum() > 1 else "with one seed a row, none can be called certain.")
+    if o['clear']:
+        return (f"{words}; {o['clear']} pairs differ by more than the spread of their seeds, "
+                f"{o['clear_same']} of these in the published order.")
+    if (df['seeds'] > 1).sum() > 1: return f"{words}; no pair differs by more than the spread of its seeds."
+    return f"{words}; with one seed a row, none can be called certain."
 
 # %% ../nbs/65_paper.ipynb #7b70f9be
 def draw_sheet(
@@ -473,29 +526,46 @@ def draw_sheet(
 
 # %% ../nbs/65_paper.ipynb #16985021
 def paper_parser():
-    p = argparse.ArgumentParser(prog='sasformer_paper', description="The tables of the paper and the comparisons beyond it: list, run, show.", allow_abbrev=False)
+    p = argparse.ArgumentParser(prog='sasformer_paper', allow_abbrev=False,
+                                description="The tables of the paper and the comparisons beyond it: list, run, show.")
     sub = p.add_subparsers(dest='command', required=True, metavar='list|run|show|sheet|cell')
     def command(name, text, several=False):
         c = sub.add_parser(name, help=text, description=text, allow_abbrev=False)
-        c.add_argument('table', nargs='*' if name == 'list' else '+' if several else 1, help="One of "+', '.join(TABLES)+{'list': ' (default: all)'}.get(name, ''))
-        c.add_argument('--size', default='mini', choices=tuple(BASES), help="mini: minutes on this machine; full: the paper's setting (default: mini)")
-        c.add_argument('--results', type=Path, default=Path('results'), help="Folder of the folders of result files (default: results)")
+        number = '*' if name == 'list' else '+' if several else 1
+        c.add_argument('table', nargs=number,
+                       help="One of "+', '.join(TABLES)+(" (default: all)" if name == 'list' else ''))
+        c.add_argument('--size', default='mini', choices=tuple(BASES),
+                       help="mini: minutes on this machine; full: the paper's setting (default: mini)")
+        c.add_argument('--results', type=Path, default=Path('results'),
+                       help="Folder of the folders of result files (default: results)")
         return c
-    ls, run, _, sheet = command('list', "Which cells there are, and which have results"), command('run', "Run the cells that have no result yet", True), \
-                        command('show', "A table with the published numbers beside ours", True), command('sheet', "Predictions of the chosen cells (seed 0) as a picture")
+    ls = command('list', "Which cells there are, and which have results")
+    run = command('run', "Run the cells that have no result yet", True)
+    command('show', "A table with the published numbers beside ours", True)
+    sheet = command('sheet', "Predictions of the chosen cells (seed 0) as a picture")
     for c in (ls, run, sheet):
-        c.add_argument('--only', default='', help="Only cells whose name contains one of these, with commas between (default: all)")
+        c.add_argument('--only', default='',
+                       help="Only cells whose name contains one of these, with commas between (default: all)")
         c.add_argument('--work', type=Path, default=Path('runs'), help="Folder of the runs themselves (default: runs)")
-    for c in (ls, run): c.add_argument('--seeds', type=int, default=None, help="Seeds 0 to this minus one (default: the table's)")
-    for c in (run, sheet): c.add_argument('--path', default=None, help="Folder of the data set (default: none, scenes need none)")
-    run.add_argument('--weights', default=None, help="Backbone weights for the cells that start from 'pretrained' (default: none)")
+    for c in (ls, run):
+        c.add_argument('--seeds', type=int, default=None, help="Seeds 0 to this minus one (default: the table's)")
+    for c in (run, sheet):
+        c.add_argument('--path', default=None, help="Folder of the data set (default: none, scenes need none)")
+    run.add_argument('--weights', default=None,
+                     help="Backbone weights for the cells that start from 'pretrained' (default: none)")
     run.add_argument('--jobs', type=int, default=1, help="Cells side by side (default: 1)")
-    run.add_argument('--device', default=None, help="cpu, cuda, cuda:1 … (default: cpu at size mini, with one thread a cell; at size full a GPU if there is one)")
+    run.add_argument('--device', default=None,
+                     help="cpu, cuda, cuda:1 … (default: cpu at size mini, with one thread a cell; "
+                          "at size full a GPU if there is one)")
     run.add_argument('--precision', choices=PRECISIONS, default='auto',
-                     help="Numbers to compute with; auto: what the machine is fast at, and files of any precision count as run (default: auto)")
-    run.add_argument('--launcher', default=None, help="What starts each cell in several processes, as 'torchrun --standalone --nproc_per_node 4' (default: none)")
+                     help="Numbers to compute with; auto: what the machine is fast at, "
+                          "and files of any precision count as run (default: auto)")
+    run.add_argument('--launcher', default=None,
+                     help="What starts each cell in several processes, as 'torchrun --standalone --nproc_per_node 4' "
+                          "(default: none)")
     sheet.add_argument('--out', type=Path, required=True, help="PNG to write")
-    cell = sub.add_parser('cell', help="What run starts: train one cell from its folder", description="Train the cell whose recipe is cell.json in a folder, or go on with it.", allow_abbrev=False)
+    cell = sub.add_parser('cell', help="What run starts: train one cell from its folder", allow_abbrev=False,
+                          description="Train the cell whose recipe is cell.json in a folder, or go on with it.")
     cell.add_argument('folder', type=Path, help="Folder of the run")
     cell.add_argument('--device', default=None, help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     for c in (p, *sub.choices.values()): c.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
@@ -521,19 +591,25 @@ def full_size_needs(
     "What the cells of a table need at full size"
     r = [cell_recipe(c) for c in cells.values()]
     crops, weights = sum(o.iterations*o.bs for o in r), ', '.join(sorted({str(o.weights) for o in r}))
-    return (f"needs: PASCAL VOC 2012 with SBD masks and its published points or scribbles (data/README.md; --path); backbone weights ({weights}; fetched, "
-            f"or a file by --weights); GPUs: the paper used four of 32 GB in mixed precision; {len(r)} trainings of {r[0].iterations:,} steps of {r[0].bs} crops "
-            f"({crops/1e6:.1f} million crops). Hours and memory were not measured here: sasformer_bench step --device cuda times a step on yours")
+    return ("needs: PASCAL VOC 2012 with SBD masks and its published points or scribbles (data/README.md; --path); "
+            f"backbone weights ({weights}; fetched, or a file by --weights); "
+            "GPUs: the paper used four of 32 GB in mixed precision; "
+            f"{len(r)} trainings of {r[0].iterations:,} steps of {r[0].bs} crops ({crops/1e6:.1f} million crops). "
+            "Hours and memory were not measured here: sasformer_bench step --device cuda times a step on yours")
 
 def _list(o):
-    if o.size == 'full': print(full_size_needs({n: c for t in (o.table or TABLES) if t not in TABLES or not TABLES[t].folder for n, c in _chosen(o, t, o.seeds).items()}))
+    if o.size == 'full':
+        tables = [t for t in o.table or TABLES if t not in TABLES or not TABLES[t].folder]
+        print(full_size_needs({n: c for t in tables for n, c in _chosen(o, t, o.seeds).items()}))
     for t in o.table or TABLES:
         if t in TABLES and TABLES[t].folder and o.size != 'mini' and not o.table: continue
         cells, folder = _chosen(o, t, o.seeds), table_folder(t, o.size)
         states = {n: _state(n, c, o.results/folder, o.work/folder) for n, c in cells.items()} if o.table else None
         if o.table:
             for n, s in states.items(): print(f'{s or "-":6} {n}')
-        else: print(f"{t:16} {sum((o.results/folder/f'{n}.json').exists() for n in cells):3} of {len(cells):3} cells have results  {TABLES[t].title}")
+        else:
+            there = sum((o.results/folder/f'{n}.json').exists() for n in cells)
+            print(f"{t:16} {there:3} of {len(cells):3} cells have results  {TABLES[t].title}")
 
 def _run(o):
     total = {(table_folder(t, o.size), n): c for t in o.table for n, c in _chosen(o, t, o.seeds).items()}
@@ -542,11 +618,14 @@ def _run(o):
     device, elsewhere, run = o.device or (None if o.size == 'full' else 'cpu'), [], []
     def done(name, r):
         if r is None: elsewhere.append(name)
-        print(f"{name}: {'another process is at it' if r is None else f'''mIoU {100*r['miou']:.2f} in {r['seconds']:.0f} s'''}", flush=True)
+        said = "another process is at it" if r is None else f"mIoU {100*r['miou']:.2f} in {r['seconds']:.0f} s"
+        print(f"{name}: {said}", flush=True)
     for folder in dict.fromkeys(f for f, _ in total):
         cells = {n: c for (f, n), c in total.items() if f == folder}
-        run += run_cells(cells, o.results/folder, o.work/folder, o.path, o.weights, o.jobs, device, o.launcher, done, show)
-    print(f"{len(run)} run, {len(total)-len(run)-len(elsewhere)} were there"+(f", {len(elsewhere)} with other processes" if elsewhere else ''))
+        run += run_cells(cells, o.results/folder, o.work/folder, o.path, o.weights, o.jobs, device, o.launcher,
+                         done, show)
+    others = f", {len(elsewhere)} with other processes" if elsewhere else ''
+    print(f"{len(run)} run, {len(total)-len(run)-len(elsewhere)} were there{others}")
 
 def _show(o):
     for t in o.table:

@@ -19,17 +19,24 @@ def share(s):
     return v
 
 def predict_parser():
-    p = argparse.ArgumentParser(prog='sasformer_predict', description="Write the mask of every image as a palette PNG, and the mask in colour over the image.",
-        allow_abbrev=False, epilog="Masks are named like their images and have their size; a photograph that a camera has marked as turned is turned upright first.")
-    p.add_argument('model', type=Path, help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
+    p = argparse.ArgumentParser(
+        prog='sasformer_predict', allow_abbrev=False,
+        description="Write the mask of every image as a palette PNG, and the mask in colour over the image.",
+        epilog="Masks are named like their images and have their size; "
+               "a photograph that a camera has marked as turned is turned upright first.")
+    p.add_argument('model', type=Path,
+                   help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
     p.add_argument('images', type=Path, help="An image, or a folder of images (its sub-folders are not entered)")
-    p.add_argument('--out', type=Path, required=True, metavar='FOLDER', help="Folder for the masks; overlays and a legend go to its folder overlays/")
-    p.add_argument('--overlay', action=argparse.BooleanOptionalAction, default=True, help="Write overlays and a legend, or not (default: --overlay)")
+    p.add_argument('--out', type=Path, required=True, metavar='FOLDER',
+                   help="Folder for the masks; overlays and a legend go to its folder overlays/")
+    p.add_argument('--overlay', action=argparse.BooleanOptionalAction, default=True,
+                   help="Write overlays and a legend, or not (default: --overlay)")
     p.add_argument('--alpha', type=share, default=.5, help="Weight of the colours in overlays, 0 to 1 (default: 0.5)")
     inference_options(p)
     p.add_argument('--overwrite', action='store_true', help="Replace masks and overlays that are there")
     p.add_argument('--on_error', choices=('raise', 'skip'), default='raise',
-                   help="An image that cannot be read: stop before any work, or leave it out and say so (default: raise)")
+                   help="An image that cannot be read: stop before any work, or leave it out and say so "
+                        "(default: raise)")
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
@@ -46,7 +53,8 @@ def main(args=None):
         print(f"predicting on {machine}", flush=True)
         from sasformer.inference import predict_folder
         model = open_model(o.model, machine.device)
-        done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha, o.overwrite, o.on_error,
+        done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
+                              o.overwrite, o.on_error,
                               scales=o.scales, flip=o.flip, window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))
     except (ValueError, OSError, ImportError) as e: p.error(e)

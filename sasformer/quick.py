@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from .attention import recording
+from .machine import cpu_multiplies_bf16
 
 # %% ../nbs/13_quick.ipynb #79be9433
 def _pieces(n, N, M, most):
     "A map (n, N, M) in pieces of at most `most` numbers: slices of heads, slices of rows"
     rows = max(1, min(N, most//M))
     heads = max(1, most//(M*rows))
-    return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows))) for i in range(0, n, heads) for j in range(0, N, rows)]
+    return [(slice(i, min(n, i+heads)), slice(j, min(N, j+rows)))
+            for i in range(0, n, heads) for j in range(0, N, rows)]
 
 def _space(pieces, M, like):
     "Memory for the largest of `pieces`, as a function that gives the part for one of them"
@@ -106,14 +108,15 @@ class _Attention(torch.autograd.Function):
         for gy, p, product in [o for task, *o in m.more if task == torch._C._current_graph_task_id()]:
             if product is not None: products.append(product.memory)
             else: g, v = (torch.cat([t, o[:,None].expand(-1, H, -1, -1)], -1) for t, o in ((g, gy), (v, p)))
-        kept, more = None if m.memory is None else m.memory.flatten(0, 1), functools.reduce(torch.add, products) if products else None
+        kept = None if m.memory is None else m.memory.flatten(0, 1)
+        more = functools.reduce(torch.add, products) if products else None
         gradients = _backward(*(t.flatten(0, 1) for t in (q, k, v, g)), D, m.scale, kept, more)
         m.forget()
         m.more.clear()
         return *(t.unflatten(0, (B, H)) for t in gradients), None
 
 def _backward(q, k, v, g, D, scale, attn, more=None, most=2**20):
-    "Gradients to q, k and the first `D` columns of v, all (B·heads, ·, ·); `more` is added to the gradient of each head's map, (B, N, M')"
+    "Gradients to q, k, the first `D` columns of v, (B·heads, ·, ·); `more`, (B, N, M'), goes to each map's gradient"
     gq, gk, gv, M = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v[...,:D]), k.shape[1]
     pieces = _pieces(*q.shape[:2], M, most)
     image = None if more is None else torch.arange(len(q))//(len(q)//len(more))   # of each head
@@ -131,23 +134,28 @@ def _backward(q, k, v, g, D, scale, attn, more=None, most=2**20):
 
 # %% ../nbs/13_quick.ipynb #d9107d55
 def _sums(maps, sampled, out=None, most=2**20):
-    "The sum of `maps` over layers and heads at positions `sampled`, added up in float32, piece by piece: slices of images and of rows, map (images, rows, M'). All of it gets into `out`"
-    qs, kept = [m.q[:,:,sampled] for m in maps], all(m.memory is not None for m in maps)
+    "Pieces (images, rows, map) of the sum of `maps` over layers and heads at positions `sampled`, added up in float32"
+    # `images` and `rows` are slices, map (images, rows, M'); all of it gets into `out`
+    qs = [m.q[:,:,sampled] for m in maps]
+    kept = all(m.memory is not None for m in maps)
     (B, H, N, _), M = qs[0].shape, maps[0].k.shape[2]
     pieces = _pieces(B, N, M if kept else H*M, most)
-    space, part = _space(pieces, M, qs[0].new_empty(0, dtype=torch.float32)), None if kept else _space(pieces, H*M, qs[0])
+    space = _space(pieces, M, qs[0].new_empty(0, dtype=torch.float32))   # for the sum
+    part = None if kept else _space(pieces, H*M, qs[0])                  # for the maps of a layer that are made again
     for b, r in pieces:
         total = space(b, r).zero_()
         for m, q in zip(maps, qs):
             if m.memory is not None: A = m.memory[b,:,sampled][:,:,r]
-            else: A = _softmax_scores(q[b,:,r].flatten(0, 1), m.k[b].flatten(0, 1), m.scale, part(b, r).view(-1, r.stop-r.start, M)).unflatten(0, (-1, H))
+            else:
+                heads = part(b, r).view(-1, r.stop-r.start, M)
+                A = _softmax_scores(q[b,:,r].flatten(0, 1), m.k[b].flatten(0, 1), m.scale, heads).unflatten(0, (-1, H))
             for head in A.unbind(1): total += head
         if out is None: yield b, r, total.to(qs[0].dtype)
         else: yield b, r, out[b,r].copy_(total)
 
 # %% ../nbs/13_quick.ipynb #5c0d8e21
 def _product(m, sampled, g, v):
-    "Memory with g vᵀ at positions `sampled` and zeros elsewhere, (B, N, M'); `None` where there is none or columns are cheaper"
+    "Memory with g vᵀ at positions `sampled`, else 0, (B, N, M'); `None` where there is none or columns are cheaper"
     (B, _, N, D), (_, M, C) = m.q.shape, v.shape
     product = Buffer(m.pool, (B, N, M), g.dtype) if C > D else None
     if product is None or product.memory is None: return None
@@ -181,7 +189,8 @@ class _PropagateKept(torch.autograd.Function):
         if any(ctx.needs_input_grad[3:]):
             n, product = ctx.maps[0].q.shape[2], _product(ctx.maps[0], ctx.sampled, g, ctx.v)
             if product is None and g.shape[1] < n:
-                g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.sampled.start, ctx.sampled.stop, ctx.sampled.step)
+                g = torch.slice_scatter(g.new_zeros(len(g), n, g.shape[2]), g, 1, ctx.sampled.start, ctx.sampled.stop,
+                                        ctx.sampled.step)
             for m in ctx.maps: m.more.append((torch._C._current_graph_task_id(), g, ctx.v, product))
         return None, None, gp, *[g.new_zeros(()) for _ in ctx.maps]
 
@@ -192,27 +201,33 @@ def propagate_kept(
     attn_grad:bool=True,         # Does the attention get a gradient?
 )->Tensor:                   # Spread scores, (B, R, C), computed in the precision of the queries
     "Mean over layers and heads of the attention times `p` (eq. 4)"
-    return _PropagateKept.apply([m for m,_ in maps], sampled, p, *[token if attn_grad else token.detach() for _,token in maps])
+    return _PropagateKept.apply([m for m,_ in maps], sampled, p,
+                                *[token if attn_grad else token.detach() for _,token in maps])
 
 # %% ../nbs/13_quick.ipynb #52431330
 class QuickAttention(TorchFunctionMode):
-    "A context in which attention on a CPU is made of plain products where that is faster, and its map is kept for `propagate_kept`"
+    "Attention on a CPU by plain products where that is faster, within this context; maps are kept for `propagate_kept`"
     def __init__(self,
-        mb:float=160, # Memory for maps that are kept, in MB; those that do not fit are made again in the backward pass
+        mb:float=160,   # Memory for maps that are kept, in MB; those that do not fit are made again, going backward
+        bf16:bool=None, # Take attention in bfloat16 as well? None: where the CPU multiplies it
     ):
         super().__init__()
-        self.pool = BufferPool(mb)
+        self.pool, self.bf16 = BufferPool(mb), cpu_multiplies_bf16() if bf16 is None else bf16
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and len(args) >= 3 and self._takes(*args, **kwargs): return self._attend(*args[:3], kwargs.get('scale'))
+        if func is F.scaled_dot_product_attention and len(args) >= 3 and self._takes(*args, **kwargs):
+            return self._attend(*args[:3], kwargs.get('scale'))
         return func(*args, **kwargs)
 
     def _takes(self, q, k, v, attn_mask=None, dropout_p=0., is_causal=False, scale=None, enable_gqa=False):
         if attn_mask is not None or dropout_p or is_causal or enable_gqa or torch.compiler.is_compiling(): return False
-        plain = q.device.type == 'cpu' and q.dim() == 4 and q.numel() > 0 and k.numel() > 0 and q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype
-        recorded_in_float32 = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled() and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
-        return plain and (q.dtype == torch.bfloat16 or recorded_in_float32)
+        if q.device.type != 'cpu' or q.dim() != 4 or q.numel() == 0 or k.numel() == 0: return False
+        if not (q.shape[:2] == k.shape[:2] == v.shape[:2] and q.dtype == k.dtype == v.dtype): return False
+        if q.dtype == torch.bfloat16: return self.bf16
+        # in float32 only what is recorded for a loss
+        recorded = getattr(recording, 'layer', None) is not None and torch.is_grad_enabled()
+        return recorded and q.dtype == torch.float32 and not torch.is_autocast_enabled('cpu')
 
     def _attend(self, q, k, v, scale):
         scale, layer = q.shape[-1]**-.5 if scale is None else scale, getattr(recording, 'layer', None)
@@ -224,4 +239,7 @@ class QuickAttention(TorchFunctionMode):
 
 def can_be_quick(model)->bool:
     "Is `model` neither compiled nor checkpointed by timm?"
-    return not any(getattr(m, 'grad_checkpointing', False) or hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules())
+    def cannot(m):
+        compiled = hasattr(m, '_orig_mod') or m._compiled_call_impl is not None
+        return compiled or getattr(m, 'grad_checkpointing', False)
+    return not any(map(cannot, model.modules()))

@@ -23,12 +23,17 @@ class Recipe:
     "Every choice of a training run"
     data:str = 'scenes'              # Data set: scenes, camvid, voc2012, cityscapes, ade20k, coco2014 or folder
     path:str|None = None             # Folder of the data set; scenes need none
-    annotation:str = 'scribble'      # Training labels: dense, point, scribble, block10, block20, block50; options as in 'scribble:length=0.5,drop=0.2'
+    # Training labels: dense, point, scribble, block10, block20, block50; options as in 'scribble:length=0.5,drop=0.2'
+    annotation:str = 'scribble'
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
     decoder_dim:int|None = None      # Channels inside the decoder; None: the decoder's own
-    weights:str|None = None          # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
-    last_stride:int|None = None      # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
-    method:str = 'sasformer'         # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in sasformer:alpha=3,start=0.5+tel
+    # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
+    weights:str|None = None
+    # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
+    last_stride:int|None = None
+    # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
+    # sasformer:alpha=3,start=0.5+tel
+    method:str = 'sasformer'
     size:int = 128                   # Height of the training crops, pixels
     width:int|None = None            # Their width; None: as the height
     bs:int = 16                      # Batch over all processes
@@ -39,17 +44,20 @@ class Recipe:
     head_lr:float = 1.               # The decoder's, as a multiple
     wd:float = .01                   # Weight decay
     no_decay:bool = True             # Spare biases and norms from weight decay
-    schedule:str = 'poly'            # Of the learning rate: poly (warm-up, then polynomial decay) or onecycle (fastai's)
+    # Of the learning rate: poly (warm-up, then polynomial decay) or onecycle (fastai's)
+    schedule:str = 'poly'
     warmup:float = .05               # Share of the training over which the learning rate rises
     power:float = .9                 # Exponent of the polynomial decay
     drop_path:float = .1             # Stochastic depth of MiT
     dropout:float|None = None        # Dropout before the classifier; None: the decoder's own
     scale_min:float = .5             # Smallest random scale
     scale_max:float = 2.             # Largest random scale
-    precision:str = 'auto'           # fp32, bf16, fp16 (GPU), or auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32
+    # fp32, bf16, fp16 (GPU), or auto: bf16 where the hardware multiplies it, fp16 on older GPUs, else fp32
+    precision:str = 'auto'
     channels_last:bool = True        # Memory format of convolutions
     validate_every:int = 1           # Epochs between validations
-    seed:int = 0                     # Seed of weights, order, augmentation and dropout; simulated labels have their own: 'scribble:seed=1'
+    # Seed of weights, order, augmentation and dropout; simulated labels have their own: 'scribble:seed=1'
+    seed:int = 0
     num_workers:int = 0              # Worker processes of each data loader
     cache_mb:int = 1000              # Decoded images kept in memory, MB per process; with workers nothing is kept
 
@@ -59,12 +67,15 @@ class Recipe:
 @patch
 def check(self:Recipe):
     "Raises for values that cannot be meant, before any work"
-    for name, allowed in dict(data=SOURCES, opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2), schedule=('poly', 'onecycle')).items():
+    choices = dict(data=SOURCES, opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
+                   schedule=('poly', 'onecycle'))
+    for name, allowed in choices.items():
         among(self, name, tuple(allowed))
     parse_annotation(self.annotation.removeprefix('sim_'))
     if (self.epochs is None) == (self.iterations is None):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr', 'power')
+    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr',
+             'power')
     not_negative(self, 'wd', 'num_workers', 'cache_mb')
     fraction(self, 'warmup', 'drop_path', 'dropout')
     if not 0 < self.scale_min <= self.scale_max < math.inf:
@@ -122,15 +133,16 @@ def learner(self:Recipe,
     src = src or self.source()
     src.precompute(self.annotation)
     size = self.size, self.width or self.size
-    dls = sparse_dataloaders(src, self.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers, cache_mb=self.cache_mb,
-                             device=machine.device, scales=(self.scale_min, self.scale_max))
+    dls = sparse_dataloaders(src, self.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers,
+                             cache_mb=self.cache_mb, device=machine.device, scales=(self.scale_min, self.scale_max))
     backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if folder is not None:
         cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
     same = 'lr', 'head_lr', 'opt', 'wd', 'no_decay', 'channels_last', 'seed', 'validate_every', 'decoder_dim', 'dropout'
-    learn = sparse_learner(dls, self.model, self.method, precision=machine.precision, cbs=cbs, **{k: getattr(self, k) for k in same}, **backbone)
+    same = {k: getattr(self, k) for k in same}
+    learn = sparse_learner(dls, self.model, self.method, precision=machine.precision, cbs=cbs, **same, **backbone)
     learn.recipe = self
     return learn
 
@@ -138,24 +150,31 @@ def learner(self:Recipe,
 @patch
 def run(self:Recipe, learn):
     "Train a learner of this recipe as it says"
-    if self.schedule == 'poly': learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
-    else: learn.fit_one_cycle(self.epochs or math.ceil(self.iterations/len(learn.dls.train)), learn.lr, pct_start=self.warmup)
+    if self.schedule == 'poly':
+        learn.fit_poly(self.iterations, self.epochs, power=self.power, warmup=self.warmup)
+    else:
+        epochs = self.epochs or math.ceil(self.iterations/len(learn.dls.train))
+        learn.fit_one_cycle(epochs, learn.lr, pct_start=self.warmup)
     return learn
 
 # %% ../nbs/50_recipes.ipynb #8251542e
-_paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1, options='sasformer:form=released', size=512, bs=16, iterations=80_000,
+_paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1,
+              options='sasformer:form=released', size=512, bs=16, iterations=80_000,
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., validate_every=10, num_workers=4)
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 RECIPES = dict(
-    scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005', size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', options='sasformer:start=0.5+tel:sigma=0.002', size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
+                size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    camvid=dict(data='camvid', options='sasformer:start=0.5+tel:sigma=0.002',
+                size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     folder=dict(data='folder', options='sasformer:start=0.5', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble'),
     voc2012_point=dict(_paper, annotation='point', options='sasformer:form=released,alpha=0.2'),
     tel_voc2012_scribble=dict(_tel, annotation='scribble'),
     tel_voc2012_point=dict(_tel, annotation='point'),
-    tel_cityscapes=dict(_tel_blocks, data='cityscapes', size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4, options='sasformer:form=released+tel:sigma=0.002'),
+    tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
+                        size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4),
     tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150))
 
 def recipe(
@@ -165,10 +184,12 @@ def recipe(
     "A recipe of the project, with changes"
     if name not in RECIPES: raise ValueError(f"no recipe {name!r}: expected one of {', '.join(RECIPES)}")
     known = [f.name for f in dataclasses.fields(Recipe)]
-    if wrong := [k for k in changes if k not in known]: raise ValueError(f"a recipe has no field {wrong[0]!r}: it has {', '.join(known)}")
+    if wrong := [k for k in changes if k not in known]:
+        raise ValueError(f"a recipe has no field {wrong[0]!r}: it has {', '.join(known)}")
     if changes.get('iterations') is not None: changes = {'epochs': None, **changes}
     elif changes.get('epochs') is not None: changes = {'iterations': None, **changes}
-    if 'mit_b' not in changes.get('model', 'mit_b'): changes = {'last_stride': None, **changes}   # the recipe's is for its MiT
+    # the recipe's is for its MiT
+    if 'mit_b' not in changes.get('model', 'mit_b'): changes = {'last_stride': None, **changes}
     fields = {**RECIPES[name], **changes}
     options = fields.pop('options', '')
     fields['method'] = method_text(parse_method(fields.get('method', Recipe.method), options))

@@ -17,7 +17,8 @@ from .data import global_sum
 from .quick import propagate_kept
 from .terms import LossTerm
 from .treefilter import compiled, each_image
-from .methods import DEFAULT, DISTANCES, FORMS, Form, Method, PAPER, RELEASED, among, fraction, not_negative, register_method
+from .methods import (DEFAULT, DISTANCES, FORMS, Form, Method, PAPER, RELEASED, among, fraction, not_negative,
+                               register_method)
 
 # %% ../nbs/20_sasformer.ipynb #a74388ac
 def _patches(layers):
@@ -48,7 +49,9 @@ def counted_positions(
     (H, W), (h, w) = target.shape[1:], size
     if H%h == W%w == 0: t = target[:,::H//h,::W//w].flatten(1)
     else:   # resizing the whole map would convert every label
-        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m, mode='nearest')[0,0].long() for n, m in ((H, h), (W, w)))
+        y, x = (F.interpolate(torch.arange(n, device=target.device, dtype=torch.float)[None,None], m,
+                              mode='nearest')[0,0].long()
+                for n, m in ((H, h), (W, w)))
         t = target[:,y[:,None],x].flatten(1)
     return t == UNLABELLED if positions == 'unlabelled' else t != PADDING
 
@@ -85,7 +88,8 @@ def _distance(form, y, p):
     return DISTANCES[form.distance](y, p)
 
 # %% ../nbs/20_sasformer.ipynb #c7a9013d
-_EXP = np.polynomial.Chebyshev.interpolate(np.exp, 6, [0, 1]).convert(kind=np.polynomial.Polynomial).coef.astype(np.float32)
+_series = np.polynomial.Chebyshev.interpolate(np.exp, 6, [0, 1]).convert(kind=np.polynomial.Polynomial)
+_EXP = _series.coef.astype(np.float32)
 _E0, _E1, _E2, _E3, _E4, _E5, _E6 = _EXP
 
 @compiled
@@ -166,23 +170,24 @@ def _block_sum(layers, resized, target, form, propagation):
 
 # %% ../nbs/20_sasformer.ipynb #75e23426
 def affinity_loss(
-    blocks:dict,        # Block index from 0 → list of `QK`, as `AttentionTap.blocks`
+    blocks:dict,        # Number of a block, from 1 → list of `QK`, as `AttentionTap.blocks`
     logits:Tensor,      # Prediction before the softmax, (B, C, h, w)
     target:Tensor,      # Label map with 255 and 254, (B, H, W)
     form:Form=DEFAULT,  # What is compared, and how
     propagation=None    # In the place of `propagate`, another function of layers and scores, to compare
-)->dict:                # Block index from 1 → its term; their mean or sum is the loss, see `combine`
+)->dict:                # Number of a block → its term; their mean or sum is the loss, see `combine`
     "Eqs. 5–7, by block"
     if not blocks: raise ValueError("The attention tap has recorded nothing: was the model run while it was on?")
-    chosen = [b+1 for b in sorted(blocks)] if form.blocks is None else form.blocks
-    if missing := [b for b in chosen if b-1 not in blocks]:
-        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {[b+1 for b in sorted(blocks)]}, not {missing}")
+    chosen = sorted(blocks) if form.blocks is None else form.blocks
+    if missing := [b for b in chosen if b not in blocks]:
+        raise ValueError(f"blocks={form.blocks}: this backbone has blocks {sorted(blocks)}, not {missing}")
     with torch.autocast(logits.device.type, enabled=False):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))   # float64 stays, to compare with
         scores = logits if form.scores == 'logits' else logits.softmax(1)
         resized = functools.cache(partial(_resized, scores))   # blocks share sizes
-        sums, processes = [_block_sum(blocks[b-1], resized, target, form, propagation) for b in chosen], max(1, num_distrib())
-        return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}   # the mean over all processes, once they are averaged
+        sums = [_block_sum(blocks[b], resized, target, form, propagation) for b in chosen]
+        processes = max(1, num_distrib())   # the terms are the mean over all of them, once they are averaged
+        return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}
 
 def combine(terms:dict, over_blocks:str='mean')->Tensor:
     "The mean or sum of the blocks' terms"
@@ -191,14 +196,14 @@ def combine(terms:dict, over_blocks:str='mean')->Tensor:
 
 # %% ../nbs/20_sasformer.ipynb #19b48207
 def _tap(model, blocks):
-    "A tap on `blocks`, counted from 1; refuses a model whose attention cannot be read, and blocks that it does not have"
+    "A tap on `blocks`, counted from 1; refuses a model whose attention cannot be read, and blocks it does not have"
     name = (getattr(model, 'config', None) or {}).get('name', type(model).__name__)
     try: tap = AttentionTap(model)
     except TypeError as e: raise ValueError(f"model={name!r}: {e}") from e
     if blocks is None: return tap
-    if wrong := [b for b in blocks if b-1 not in tap.available]:
+    if wrong := [b for b in blocks if b not in tap.available]:
         raise ValueError(f"blocks={tuple(blocks)}: {name} has blocks 1 to {len(tap.available)}, not {wrong}")
-    return AttentionTap(model, [b-1 for b in blocks])
+    return AttentionTap(model, blocks)
 
 # %% ../nbs/20_sasformer.ipynb #fbc12e05
 class SASFormerLoss(LossTerm):

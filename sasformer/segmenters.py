@@ -20,7 +20,7 @@ from .ltf import LTFDecoder
 
 # %% ../nbs/11_segmenters.ipynb #8da474ee
 class SegformerDecoder(nn.Module):
-    "SegFormer's all-MLP decoder (Xie et al., arXiv 2105.15203, eq. 4): one linear layer per level, then two over their concatenation"
+    "SegFormer's decoder (Xie et al., arXiv 2105.15203, eq. 4): a linear layer per level, two over their concatenation"
     def __init__(self,
         channels:list,       # Channels of the backbone's levels, finest first
         n_classes:int,       # Classes to score
@@ -40,20 +40,24 @@ class SegformerDecoder(nn.Module):
         feats:list,    # Features, one (B, c_i, h_i, w_i) per level, finest first
     )->torch.Tensor:   # (B, dim, h, w) at the size of the finest level
         "`fuse` of the concatenated, resized projections, computed level by level at the level's own size"
-        if len(feats) != len(self.project): raise ValueError(f'expected {len(self.project)} levels of features, got {len(feats)}')
+        if len(feats) != len(self.project):
+            raise ValueError(f'expected {len(self.project)} levels of features, got {len(feats)}')
         size = max((f.shape[-2:] for f in feats), key=lambda s: s[0]*s[1])
-        # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under autocast:
-        # the product is tiny, and rounding it twice would cost accuracy for nothing
+        # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under
+        # autocast: the product is tiny, and rounding it twice would cost accuracy for nothing
         with torch.autocast(feats[0].device.type, enabled=False):
             slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
             weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
             bias = sum(s @ p.bias for s, p in zip(slices, self.project))
         by_size = {}
         for f, w in zip(feats, weights):
-            # channels last, which timm's features are not: a 1×1 convolution is then one product; a constant is its own upsampling: add it once
-            y = F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None], bias if f is feats[0] else None)
+            # channels last, which timm's features are not: a 1×1 convolution is then one product;
+            # a constant is its own upsampling: the bias is added once
+            y = F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None],
+                         bias if f is feats[0] else None)
             s = y.shape[-2:]
-            by_size[s] = by_size[s].add_(y) if s in by_size else y              # new memory would cost more than the sum
+            # added in place: new memory would cost more than the sum
+            by_size[s] = by_size[s].add_(y) if s in by_size else y
         x = by_size.pop(size)
         for y in by_size.values(): x.add_(F.interpolate(y, size, mode='bilinear', align_corners=False))
         return x
@@ -63,7 +67,8 @@ class SegformerDecoder(nn.Module):
 # %% ../nbs/11_segmenters.ipynb #a63520e1
 def _conv(i, o, size=1, dilation=1):
     "Convolution, batch normalisation, ReLU; height and width stay"
-    return nn.Sequential(nn.Conv2d(i, o, size, padding=size//2*dilation, dilation=dilation, bias=False), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(i, o, size, padding=size//2*dilation, dilation=dilation, bias=False),
+                         nn.BatchNorm2d(o), nn.ReLU(inplace=True))
 
 def _resize(x, size): return F.interpolate(x, size, mode='bilinear', align_corners=False)
 
@@ -79,11 +84,12 @@ class ASPP(nn.Module):
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), _conv(channels, dim))
         self.fuse = _conv((len(rates)+2)*dim, dim)
 
-    def forward(self, x): return self.fuse(torch.cat([*[b(x) for b in self.branches], self.pool(x).expand(-1, -1, *x.shape[-2:])], 1))
+    def forward(self, x):
+        return self.fuse(torch.cat([*[b(x) for b in self.branches], self.pool(x).expand(-1, -1, *x.shape[-2:])], 1))
 
 # %% ../nbs/11_segmenters.ipynb #4ca3bd54
 class DeepLabV3PlusDecoder(nn.Module):
-    "DeepLabV3+'s decoder (Chen et al., arXiv 1802.02611, fig. 2): ASPP of the coarsest level, refined beside the finest"
+    "DeepLabV3+'s decoder (Chen et al., arXiv 1802.02611, fig. 2): ASPP of the coarsest level, refined with the finest"
     def __init__(self,
         channels:list,      # Channels of the levels, finest first; those between first and last are not used
         n_classes:int,      # Classes to score
@@ -100,7 +106,8 @@ class DeepLabV3PlusDecoder(nn.Module):
 
     def forward(self, feats):
         fine = self.skip(feats[0])
-        return self.classify(self.dropout(self.refine(torch.cat([_resize(self.aspp(feats[-1]), fine.shape[-2:]), fine], 1))))
+        coarse = _resize(self.aspp(feats[-1]), fine.shape[-2:])
+        return self.classify(self.dropout(self.refine(torch.cat([coarse, fine], 1))))
 
 # %% ../nbs/11_segmenters.ipynb #a77981fa
 class HRNetDecoder(nn.Module):
@@ -149,7 +156,7 @@ class SETRDecoder(_LastLevel):
     ): super().__init__(_conv(channels[-1], dim), dim, n_classes, dropout)
 
 class SETRPUPDecoder(_LastLevel):
-    "SETR's progressive upsampling (Zheng et al., arXiv 2012.15840, fig. 1b) without the last doubling: eight times the patches' resolution"
+    "SETR's progressive upsampling (arXiv 2012.15840, fig. 1b) without the last doubling: 8 times the patches' size"
     def __init__(self,
         channels:list,     # Channels of the levels; the last is used
         n_classes:int,     # Classes to score
@@ -192,10 +199,13 @@ class MaskTransformer(nn.Module):
     ):
         super().__init__()
         dim = dim or channels[-1]
-        if dim%64: raise ValueError(f'the mask transformer has heads of 64 channels: expected a multiple of 64, got decoder_dim={dim}')
+        if dim%64:
+            raise ValueError('the mask transformer has heads of 64 channels: expected a multiple of 64, '
+                             f'got decoder_dim={dim}')
         self.project = nn.Linear(channels[-1], dim)
         self.tokens = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, n_classes, dim), std=.02))
-        self.blocks = nn.ModuleList(Block(dim, dim//64, qkv_bias=True, proj_drop=dropout, attn_drop=dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, dim//64, qkv_bias=True, proj_drop=dropout, attn_drop=dropout)
+                                    for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
         self.apply(init_weights_vit_timm)
         self.classify = MaskScores(dim, n_classes)
@@ -210,7 +220,7 @@ class MaskTransformer(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #5ae389b5
 class Segmenter(nn.Module):
-    "A backbone that gives a list of features and a decoder that turns them into class scores (B, n_classes, h, w), not upsampled except where padding was needed"
+    "A backbone's list of features, decoded to scores (B, n_classes, h, w), upsampled only where padding was needed"
     def __init__(self,
         backbone:nn.Module,  # A `features_only` model of timm
         decoder:nn.Module,   # Maps its list of features, finest first, to scores; its last layer is `classify`
@@ -221,7 +231,7 @@ class Segmenter(nn.Module):
     ):
         super().__init__()
         store_attr()
-        self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); never used in `forward`
+        self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); not used in `forward`
 
     def forward(self, x):
         h, w = x.shape[-2:]
@@ -236,13 +246,14 @@ class Segmenter(nn.Module):
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,
-                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder, ltf=LTFDecoder)
+                segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder,
+                ltf=LTFDecoder)
 
 # timm's modules whose models a decoder takes, all if not here
 _vits = ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva')
 _modules = dict(dict.fromkeys(('segmenter', 'linear', 'setr', 'setrpup'), _vits), hrnet=('hrnet',), deeplabv3plus=(
-    'byobnet', 'convnext', 'cspnet', 'cspnext', 'efficientnet', 'inception_next', 'mobilenetv3', 'nfnet', 'regnet', 'res2net',
-    'resnest', 'resnet', 'resnetv2', 'rexnet', 'sknet', 'xception_aligned'))
+    'byobnet', 'convnext', 'cspnet', 'cspnext', 'efficientnet', 'inception_next', 'mobilenetv3', 'nfnet', 'regnet',
+    'res2net', 'resnest', 'resnet', 'resnetv2', 'rexnet', 'sknet', 'xception_aligned'))
 
 def list_segmenters(
     filter:str='*',   # Shell pattern for the backbone's name, for example 'mit_*'
@@ -257,9 +268,11 @@ def _split_name(name):
     if decoder not in decoders or not timm.is_model(backbone):
         near = difflib.get_close_matches(name, list_segmenters(), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see `list_segmenters()`"
-        raise ValueError(f"no segmenter {name!r}: names are '<decoder>_<timm model>' with a decoder of {list(decoders)}; {hint}")
+        raise ValueError(f"no segmenter {name!r}: "
+                         f"names are '<decoder>_<timm model>' with a decoder of {list(decoders)}; {hint}")
     if decoder in _modules and not is_model_in_modules(backbone, _modules[decoder]):
-        raise ValueError(f"no segmenter {name!r}: {decoder} takes models of timm's {', '.join(_modules[decoder])}, and {backbone} is none of them")
+        raise ValueError(f"no segmenter {name!r}: {decoder} takes models of timm's {', '.join(_modules[decoder])}, "
+                         f"and {backbone} is none of them")
     return decoder, backbone
 
 def _pyramid(decoder, name, pretrained, **kw):
@@ -279,7 +292,8 @@ def _last_layer(name, pretrained, **kw):
     "The last layer of a ViT, normalised"
     if 'out_indices' in kw: raise ValueError('the decoder takes the last layer, expected no out_indices')
     net = timm.create_model(name, pretrained, num_classes=0, **kw)
-    if isinstance(net.norm, nn.Identity): net.norm = net.fc_norm   # models that take the mean of the patches before they normalise
+    if isinstance(net.norm, nn.Identity):
+        net.norm = net.fc_norm   # models that take the mean of the patches before they normalise
     return FeatureGetterNet(net, out_indices=[len(net.blocks)-1], norm=True)
 
 def _backbone(decoder, name, pretrained, **kw):
@@ -287,9 +301,12 @@ def _backbone(decoder, name, pretrained, **kw):
     if is_model_in_modules(name, _vits): kw = dict(dynamic_img_size=True) | kw
     hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
     if hub: mit.check_hub(hub)
-    try: return _last_layer(name, pretrained, **kw) if _modules.get(decoder) == _vits else _pyramid(decoder, name, pretrained, **kw)
+    try:
+        if _modules.get(decoder) == _vits: return _last_layer(name, pretrained, **kw)
+        return _pyramid(decoder, name, pretrained, **kw)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: {type(e).__name__}: {e}') from e
+        raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: '
+                         f'{type(e).__name__}: {e}') from e
 
 # %% ../nbs/11_segmenters.ipynb #53359046
 def create_segmenter(
@@ -299,12 +316,13 @@ def create_segmenter(
     weights:str=None,       # Or load the backbone's weights from this file (or hub id for MiT)
     decoder_dim:int=None,   # Channels inside the decoder, default the decoder's own (`linear` has none)
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
-    **kw,                   # To the backbone: `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`…
+    **kw,                   # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`
 )->Segmenter:               # In training mode
     "A segmenter by name"
     decoder, backbone = _split_name(name)
     if pretrained and weights is not None: raise ValueError('give either pretrained=True or weights, not both')
-    if decoder == 'linear' and decoder_dim is not None: raise ValueError(f'{name}: nothing in the linear decoder has decoder_dim={decoder_dim} channels')
+    if decoder == 'linear' and decoder_dim is not None:
+        raise ValueError(f'{name}: nothing in the linear decoder has decoder_dim={decoder_dim} channels')
     config = dict(name=name, n_classes=n_classes, decoder_dim=decoder_dim, dropout=dropout, **kw)
     is_mit = backbone.startswith('mit_b')
     if weights is not None and not is_mit:

@@ -13,7 +13,7 @@ from fastcore.all import *
 from fastai.vision.all import num_distrib
 from .annotations import UNLABELLED
 from .methods import Method, not_negative, positive, register_method
-from .data import denormalise, global_sum, statistics_of
+from .data import global_sum
 from .terms import LossTerm
 from .treefilter import affinity_to_parent, grid_distances, tree_filter, tree_of
 
@@ -54,12 +54,15 @@ def tree_embedding(
     channels:int=256  # Of the embedding
 )->nn.Module:
     "The paper's embedding: 1×1 convolution, batch normalisation, ReLU"
-    return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels, channels, 1, bias=False), norm=nn.BatchNorm2d(channels), relu=nn.ReLU()))
+    return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels, channels, 1, bias=False),
+                                     norm=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
 def _classifier(model):
     "The decoder's last layer, and how many channels it takes"
     layer = getattr(getattr(model, 'decoder', None), 'classify', None)
-    if layer is None: raise ValueError(f"the high-level tree needs the features before the classifier, and {type(model).__name__} has no decoder.classify: use trees=('low',)")
+    if layer is None:
+        raise ValueError("the high-level tree needs the features before the classifier, "
+                         f"and {type(model).__name__} has no decoder.classify: use trees=('low',)")
     return layer, next(layer.parameters()).shape[1]   # a convolution or a linear layer: weights are (out, in, …)
 
 # %% ../nbs/21_tel.ipynb #f6cc8e70
@@ -75,7 +78,8 @@ class TreeEnergyLoss(LossTerm):
     ):
         super().__init__(weight, start, warmup)
         if isinstance(trees, str): trees = (trees,)
-        if not trees or set(trees)-{'low', 'high'}: raise ValueError(f"trees={tuple(trees)}: expected 'low', 'high' or both")
+        if not trees or set(trees)-{'low', 'high'}:
+            raise ValueError(f"trees={tuple(trees)}: expected 'low', 'high' or both")
         if sigma <= 0: raise ValueError(f"sigma={sigma}: expected more than 0")
         self.sigma, self.trees, self.channels = sigma, tuple(trees), channels
         self.auxiliary = 'tree' if 'high' in trees else None
@@ -90,14 +94,16 @@ class TreeEnergyLoss(LossTerm):
         layer, n = _classifier(self.model)
         if not hasattr(self.model, 'auxiliary'): self.model.auxiliary = nn.ModuleDict()
         old = self.model.auxiliary['tree'] if 'tree' in self.model.auxiliary else None
-        if old is not None and old.conv.weight.shape[:2] == (self.channels, n): return   # another learner has begun to train it
+        if old is not None and old.conv.weight.shape[:2] == (self.channels, n):
+            return   # another learner has begun to train it
         self.model.auxiliary['tree'] = tree_embedding(n, self.channels).to(next(layer.parameters()).device)
 
     def before_fit(self):
         super().before_fit()
         self.bare = getattr(self.model, 'module', self.model)
         if 'high' in self.trees and 'tree' not in getattr(self.bare, 'auxiliary', {}):
-            raise RuntimeError("TreeEnergyLoss has an embedding to train: pass it when the learner is made, not to `fit`")
+            raise RuntimeError("TreeEnergyLoss has an embedding to train: pass it when the learner is made, "
+                               "not to `fit`")
 
 # %% ../nbs/21_tel.ipynb #65d1ac66
 @patch
@@ -106,7 +112,8 @@ def before_batch(self:TreeEnergyLoss):
     x, y = self.xb[0], self.yb[0]
     if not all(isinstance(o, Tensor) for o in (x, y)) or x.ndim != 4 or y.shape[-2:] != x.shape[-2:]:
         got = [getattr(o, 'shape', type(o)) for o in (x, y)]
-        raise ValueError(f"the tree energy loss takes a batch of images of one size with their label maps, and got {got}")
+        raise ValueError("the tree energy loss takes a batch of images of one size with their label maps, "
+                         f"and got {got}")
     if 'high' in self.trees: self._hook = _classifier(self.bare)[0].register_forward_pre_hook(self._keep)
 
 @patch
@@ -122,8 +129,7 @@ def prepare(self:TreeEnergyLoss):
 @patch
 def _low(self:TreeEnergyLoss, size):
     "The batch's images in [0, 1], at the size of the prediction"
-    x = denormalise(self.x.as_subclass(Tensor).float(), statistics_of(self.bare), 1)
-    return F.interpolate(x, size, mode='bilinear', align_corners=False)
+    return F.interpolate(self.images, size, mode='bilinear', align_corners=False)
 
 @patch
 def _high(self:TreeEnergyLoss, size):

@@ -10,14 +10,14 @@ import math, torch
 from torch import Tensor
 from fastcore.all import *
 from fastai.vision.all import Callback, num_distrib
-from .data import global_sum
+from .data import denormalise, global_sum, statistics_of
 
 # %% ../nbs/19_terms.ipynb #8d9696a7
 class LossTerm(Callback):
     "Adds weight · (sum of terms) to the loss of a `Learner`, and keeps the terms' means by epoch"
     order, run_valid = 9, False   # before `Autocast` (10) leaves its context
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
-    sample_order = None    # A function of the training data set that gives the order of an epoch, where a method needs its own
+    sample_order = None    # A method that needs its own defines `sample_order(self, dataset)`: the indices of an epoch
     auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train
 
     def __init__(self,
@@ -58,14 +58,22 @@ def combine(self:LossTerm,
     return torch.stack(list(terms.values())).sum()
 
 @patch
-def leave(self:LossTerm): "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
+def leave(self:LossTerm):
+    "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
 
 # %% ../nbs/19_terms.ipynb #d9f3b2e1
 @patch(as_prop=True)
 def logits(self:LossTerm)->Tensor:
     "The prediction before the softmax, (B, C, h, w), float32"
-    p = self.pred if type(self.pred) is Tensor else self.pred.as_subclass(Tensor)   # an alias would regroup the sum of gradients
+    # an alias would regroup the sum of gradients
+    p = self.pred if type(self.pred) is Tensor else self.pred.as_subclass(Tensor)
     return p.float()
+
+@patch(as_prop=True)
+def images(self:LossTerm)->Tensor:
+    "The batch's images in [0, 1], (B, 3, H, W), float32"
+    bare = getattr(self.model, 'module', self.model)
+    return denormalise(self.x.as_subclass(Tensor).float(), statistics_of(bare), 1)
 
 @patch(as_prop=True)
 def label_map(self:LossTerm)->Tensor:
@@ -110,6 +118,9 @@ def after_create(self:LossTerm): self.check(self.learn)
 @patch
 def before_fit(self:LossTerm):
     self.check(self.learn)
+    if self.sample_order is not None and getattr(self.dls.train, 'order', None) != self.sample_order:
+        raise RuntimeError(f"{type(self).__name__} needs the samples in an order of its own: "
+                           "give it to `sparse_learner`, not to `fit`")
     self.epochs = []
 
 @patch

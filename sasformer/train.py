@@ -23,17 +23,25 @@ def recipe_options(parser):
             try: return convert(f, text)
             except ValueError as e: raise argparse.ArgumentTypeError(str(e).split(': ', 1)[1]) from None
         text = f"{notes[f.name]} (default: {f.default})".replace('%', '%%')
-        parser.add_argument(f"--{f.name}", type=value, default=argparse.SUPPRESS, metavar=kind_of(f)[0].__name__.upper(), help=text)
+        metavar = kind_of(f)[0].__name__.upper()
+        parser.add_argument(f"--{f.name}", type=value, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 def train_parser():
-    p = argparse.ArgumentParser(prog='sasformer_train', description="Train a dense segmenter from sparse labels.", allow_abbrev=False,
+    p = argparse.ArgumentParser(
+        prog='sasformer_train', description="Train a dense segmenter from sparse labels.", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="An option that is not given takes its value from the recipe; the defaults shown are those of a recipe that does not set it.\n\n"
-               "Methods and their options, for --method NAME:option=value,option=value (those not given are the recipe's):\n"+method_help())
-    p.add_argument('--recipe', default=None, choices=tuple(RECIPES), help="Setting to start from (default: the one named like --data)")
-    p.add_argument('--out', type=Path, default=None, help="Folder of the run (default: runs/<data>_<annotation>_<method>_seed<seed>)")
-    p.add_argument('--resume', action='store_true', help="Go on with the run in --out, with the same settings; it keeps its precision")
-    p.add_argument('--tensorboard', action='store_true', help="Write TensorBoard logs too (needs: pip install sasformer[tensorboard])")
+        epilog="An option that is not given takes its value from the recipe; "
+               "the defaults shown are those of a recipe that does not set it.\n\n"
+               "Methods and their options, for --method NAME:option=value,option=value "
+               "(those not given are the recipe's):\n"+method_help())
+    p.add_argument('--recipe', default=None, choices=tuple(RECIPES),
+                   help="Setting to start from (default: the one named like --data)")
+    p.add_argument('--out', type=Path, default=None,
+                   help="Folder of the run (default: runs/<data>_<annotation>_<method>_seed<seed>)")
+    p.add_argument('--resume', action='store_true',
+                   help="Go on with the run in --out, with the same settings; it keeps its precision")
+    p.add_argument('--tensorboard', action='store_true',
+                   help="Write TensorBoard logs too (needs: pip install sasformer[tensorboard])")
     p.add_argument('--device', default=None, help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
     p.add_argument('--list', action='store_true', help="Print the recipes and end")
     recipe_options(p)
@@ -47,8 +55,11 @@ def plot_curves(
     "Losses, the terms that the methods add, and mIoU by epoch"
     import matplotlib.pyplot as plt
     known = ('epoch', 'train_loss', 'valid_loss', 'miou', 'pixel_accuracy', 'mean_accuracy', 'lr', 'seconds')
-    terms = list(dict.fromkeys(k for r in rows for k in r if k not in known))
-    names = [('losses', ['train_loss', 'valid_loss']), ('added terms', terms), ('validation', ['miou', 'pixel_accuracy'])]
+    others = list(dict.fromkeys(k for r in rows for k in r if k not in known))
+    groups = [k for k in others if k.startswith('miou_')]   # of base and novel classes
+    terms = [k for k in others if k not in groups]
+    names = [('losses', ['train_loss', 'valid_loss']), ('added terms', terms),
+             ('validation', ['miou', 'pixel_accuracy', *groups])]
     names = [(title, keys) for title,keys in names if keys]
     fig, axs = plt.subplots(1, len(names), figsize=(3.6*len(names), 2.8), dpi=80, layout='constrained')
     for ax, (title, keys) in zip(axs, names):
@@ -72,7 +83,8 @@ def example_sheet(
         image, mask = ds.load(i)
         x = learn.dls.valid.do_batch([ds[i]])
         x = learn.dls.valid.after_batch(x)[0].to(learn.dls.device)
-        pred = predict_logits(learn.model.eval(), x.as_subclass(torch.Tensor)).argmax(1)[0].cpu().numpy().astype(np.uint8)
+        logits = predict_logits(learn.model.eval(), x.as_subclass(torch.Tensor))
+        pred = logits.argmax(1)[0].cpu().numpy().astype(np.uint8)
         rows.append((np.asarray(image), mask, pred))
     return show_rows(rows, ('image', 'mask', 'prediction'), ds.src)
 
@@ -84,14 +96,18 @@ def run_progress(
     done = 0.
     for line in log.read_text(encoding='utf-8', errors='replace').splitlines() if log.exists() else []:
         if m := re.match(r'epoch (\d+)/(\d+) ', line): done = int(m[1])/int(m[2])
-        elif m := re.match(r'  step (\d+)/(\d+) of epoch (\d+)/(\d+)', line): done = (int(m[3])-1+int(m[1])/int(m[2]))/int(m[4])
+        elif m := re.match(r'  step (\d+)/(\d+) of epoch (\d+)/(\d+)', line):
+            step, steps, epoch, epochs = map(int, m.groups())
+            done = (epoch-1+step/steps)/epochs
     return done
 
 class ShowRuns:
     "Shows how far runs are, and the time that is left"
     def __init__(self,
         every:float=5.,   # Seconds between two lines in a log
-    ): self.every, self.began, self.said, self.first, self.live = every, time.time(), time.time(), {}, sys.stdout.isatty()
+    ):
+        self.every, self.began, self.said = every, time.time(), time.time()
+        self.first, self.live = {}, sys.stdout.isatty()
 
     def __call__(self,
         logs:dict,        # Name of each run that is going on → the file that it writes into
@@ -101,11 +117,14 @@ class ShowRuns:
         if now-self.said < (1. if self.live else self.every): return
         self.said = now
         done = {name: run_progress(log) for name, log in logs.items()}
-        for name, d in done.items(): self.first.setdefault(name, (now, d))
-        if self.live: text = '  '.join(f"{name} {'█'*int(10*d)}{'░'*(10-int(10*d))} {100*d:.0f} %" for name, d in done.items())
+        for name, d in done.items():
+            if d > 0: self.first.setdefault(name, (now, d))   # before that it loads, which says nothing of its pace
+        bar = lambda d: '█'*int(10*d)+'░'*(10-int(10*d))
+        if self.live: text = '  '.join(f"{name} {bar(d)} {100*d:.0f} %" for name, d in done.items())
         else: text = ', '.join(f'{name} {100*d:.0f} %' for name, d in done.items())
-        left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n,(t, d) in self.first.items() if n in done]
-        if left and None not in left: text += f'; about {clock(max(left))} left'
+        begun = {n: v for n, v in self.first.items() if n in done}
+        left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n, (t, d) in begun.items()]
+        if len(left) == len(done) and None not in left: text += f'; about {clock(max(left))} left'
         elif not any(done.values()): text += f'; starting, {now-self.began:.0f} s'
         print(f'\r{text:<78}' if self.live else text, end='' if self.live else '\n', flush=True)
 
@@ -140,10 +159,12 @@ def train(
     import matplotlib.pyplot as plt
     from sasformer.machine import alive, environment, is_first
     out, first = Path(out), is_first()
-    with alive('reading labels and building the model', first): learn = r.learner(folder=out, resume=resume, tensorboard=tensorboard, device=device)
+    with alive('reading labels and building the model', first):
+        learn = r.learner(folder=out, resume=resume, tensorboard=tensorboard, device=device)
     if first:
         out.mkdir(parents=True, exist_ok=True)
-        if not (out/'settings.json').exists(): write_json(out/'settings.json', dict(recipe=dataclasses.asdict(r), **environment()))
+        settings = out/'settings.json'
+        if not settings.exists(): write_json(settings, dict(recipe=dataclasses.asdict(r), **environment()))
     r.run(learn)
     if not first: return None
     with alive('drawing curves and examples'):
@@ -157,7 +178,8 @@ def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
     o = vars(p.parse_args(args))
-    name, out, resume, tensorboard, device, show = (o.pop(k) for k in ('recipe', 'out', 'resume', 'tensorboard', 'device', 'list'))
+    own = 'recipe', 'out', 'resume', 'tensorboard', 'device', 'list'
+    name, out, resume, tensorboard, device, show = (o.pop(k) for k in own)
     if show:
         for k, v in RECIPES.items(): print(f"{k}: "+', '.join(f'{a}={b}' for a, b in v.items()))
         return
@@ -178,7 +200,9 @@ def main(args=None):
         result = train(r, out, resume, tensorboard, device)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
-    if result: print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) in {result['seconds']:.0f} s; see {out}")
+    if result:
+        print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) "
+              f"in {result['seconds']:.0f} s; see {out}")
 
 # %% ../nbs/60_train.ipynb #f9d09306
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

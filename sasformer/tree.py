@@ -13,7 +13,8 @@ _new = {name: module for module in (_treefilter, _ltf, _tel) for name in module.
 
 def __getattr__(name):
     if name not in _new: raise AttributeError(f"sasformer.tree has no {name}")
-    warnings.warn("sasformer.tree is now sasformer.treefilter, sasformer.ltf and sasformer.tel", DeprecationWarning, stacklevel=2)
+    warnings.warn("sasformer.tree is now sasformer.treefilter, sasformer.ltf and sasformer.tel", DeprecationWarning,
+                  stacklevel=2)
     return getattr(_new[name], name)
 
 __all__ = list(_new)

@@ -108,7 +108,8 @@ def _backend(t, backend):
     "What computes on the device of `t`"
     chosen = backend or ('numba' if t.device.type == 'cpu' else 'torch')
     if chosen not in ('numba', 'torch'): raise ValueError(f"backend={backend!r}: expected 'numba', 'torch' or None")
-    if chosen == 'numba' and t.device.type != 'cpu': raise ValueError(f"backend='numba' computes on the CPU, and the tensor is on {t.device}")
+    if chosen == 'numba' and t.device.type != 'cpu':
+        raise ValueError(f"backend='numba' computes on the CPU, and the tensor is on {t.device}")
     return chosen
 
 def grid_distances(
@@ -124,7 +125,8 @@ def grid_distances(
     finite = d.detach().flatten(1).isfinite().all(1)
     if not finite.all():
         bad = finite.logical_not().nonzero()[0].item()
-        raise ValueError(f"features of image {bad} of the batch hold NaN, infinite or too large values: no tree can be built")
+        raise ValueError(f"features of image {bad} of the batch hold NaN, infinite or too large values: "
+                         "no tree can be built")
     return d
 
 # %% ../nbs/07_treefilter.ipynb #d733545b
@@ -147,7 +149,8 @@ class Tree(NamedTuple):
 def _boruvka(d, taken):   # (2, H, W) → (2·H·W,) bool
     _, H, W = d.shape
     N, w = H*W, d.ravel()
-    edge, u, v, n = np.empty(2*N, np.int32), np.empty(2*N, np.int32), np.empty(2*N, np.int32), 0   # edges between components, and those
+    edge, u, v = np.empty(2*N, np.int32), np.empty(2*N, np.int32), np.empty(2*N, np.int32)   # edges between components
+    n = 0                                                                                    # and their number
     for i in range(N):
         if (i+1)%W: edge[n], u[n], v[n] = i, i, i+1; n += 1
     for i in range(N-W): edge[n], u[n], v[n] = N+i, i, i+W; n += 1
@@ -179,7 +182,8 @@ def _breadth_first(taken, H, W, order, parent, edge):
         i = order[k]
         came, x = edge[k] if k else -1, i%W
         for way in range(4):   # right, down, left, up
-            if (way == 0 and x == W-1) or (way == 1 and i >= N-W) or (way == 2 and x == 0) or (way == 3 and i < W): continue
+            if (way == 0 and x == W-1) or (way == 1 and i >= N-W) or (way == 2 and x == 0) or (way == 3 and i < W):
+                continue
             j = i+(1, W, -1, -W)[way]
             e = min(i, j)+(N if way%2 else 0)
             if taken[e] and e != came:
@@ -230,14 +234,17 @@ def _root_torch(taken, H, W):   # (B, 2·N) bool → Tree
     turn = ways.expand(B, N, 4)   # way out after coming in by a way: the next that is an edge, at last the same
     for s in (3, 2, 1): turn = torch.where(on.roll(-s, -1), (ways+s)%4, turn)
     to = (i[:,None]+torch.tensor([1, W, -1, -W], device=device)).clamp(0, N-1)
-    reverse, on, slot = (4*to+(ways+2)%4).flatten(), on.flatten(1), torch.arange(4*N, device=device)   # a slot: pixel and way
+    reverse, on = (4*to+(ways+2)%4).flatten(), on.flatten(1)
+    slot = torch.arange(4*N, device=device)                      # a slot: pixel and way
     follow = torch.where(on, 4*to.flatten()+turn.flatten(1)[:,reverse], slot)
-    follow = torch.where(follow == turn[:,0,3:], slot, follow)   # the tour starts at pixel 0, and ends where it would start again
+    # the tour starts at pixel 0, and ends where it would start again
+    follow = torch.where(follow == turn[:,0,3:], slot, follow)
     left = (follow != slot).long()                               # steps to the end
     for _ in range((2*N).bit_length()): left, follow = left+left.gather(1, follow), follow.gather(1, follow)
     rank = (2*N-3-left).clamp_min(0)
     away = rank < rank[:,reverse]
-    depth = torch.zeros(B, 2*N, dtype=torch.int64, device=device).scatter_(1, rank.where(on, 2*N-1), torch.where(away, 1, -1)).cumsum(1)
+    steps = torch.zeros(B, 2*N, dtype=torch.int64, device=device)
+    depth = steps.scatter_(1, rank.where(on, 2*N-1), torch.where(away, 1, -1)).cumsum(1)
     home = (on&~away).view(B, N, 4).long().argmax(-1)          # way to the parent
     depth = depth.gather(1, rank.gather(1, 4*i+home))+1
     depth[:,0] = 0
@@ -379,7 +386,8 @@ class _TreeFilter(torch.autograd.Function):
         tree, g = ctx.tree, g.contiguous()
         if ctx.backend == 'torch': return *_filter_back_torch(g, y, a, z, w, tree), None, None
         gx, gw = torch.empty_like(g), torch.empty_like(w)
-        each_image(_filter_back, g, y, a, z, w, tree.order, tree.parent, torch.empty_like(a), torch.empty_like(z), gx, gw)
+        each_image(_filter_back, g, y, a, z, w, tree.order, tree.parent,
+                   torch.empty_like(a), torch.empty_like(z), gx, gw)
         return gx, gw, None, None
 
 # %% ../nbs/07_treefilter.ipynb #8b9858e4
@@ -389,10 +397,11 @@ def tree_filter(
     weight_to_parent:Tensor,  # From `edge_affinity`, (B, N)
     backend:str=None          # 'numba' or 'torch'; None: by device
 )->Tensor:                    # (B, C, H, W), in float32 or float64, `channels_last` in memory
-    "y_i = Σ_j S_ij x_j / Σ_j S_ij, with S_ij the product of the affinities along the tree's path; differentiable in `x` and affinities"
+    "y_i = Σ_j S_ij x_j / Σ_j S_ij, S_ij the product of affinities along the path; differentiable in `x` and affinities"
     _check_size(x, tree)
     if weight_to_parent.shape != tree.order.shape:
-        raise ValueError(f"weights of {tuple(weight_to_parent.shape)}: expected {tuple(tree.order.shape)}, one for each pixel of each tree")
+        raise ValueError(f"weights of {tuple(weight_to_parent.shape)}: expected {tuple(tree.order.shape)}, "
+                         "one for each pixel of each tree")
     dtype = torch.promote_types(torch.promote_types(x.dtype, weight_to_parent.dtype), torch.float32)
     rows = x.to(dtype).flatten(2).transpose(1, 2).contiguous()   # the channels of a pixel side by side
     y = _TreeFilter.apply(rows, weight_to_parent.to(dtype).contiguous(), tree, _backend(x, backend))

@@ -13,13 +13,14 @@ matplotlib.use('Agg')
 def data_dir():
     "The folder of real data that `SASFORMER_DATA` names"
     path = Path(os.environ.get('SASFORMER_DATA', ''))
-    if not os.environ.get('SASFORMER_DATA') or not path.is_dir(): pytest.skip("SASFORMER_DATA names no folder: real data is not here")
+    if not os.environ.get('SASFORMER_DATA') or not path.is_dir():
+        pytest.skip("SASFORMER_DATA names no folder: real data is not here")
     return path
 
 
 def rounding(b, exact, times=10):
-    """What float32 may make of a computation on any machine: `times` the error that its plain version `b` has itself, against the
-    same in float64 (`exact`), and never less than so many roundings of the largest value"""
+    """What float32 may make of a computation on any machine: `times` the error that its plain version `b` has itself,
+    against the same in float64 (`exact`), and never less than so many roundings of the largest value"""
     return times*max((b.double()-exact).abs().max().item(), torch.finfo(torch.float32).eps*exact.abs().max().item())
 
 

@@ -13,7 +13,8 @@ def render():
     nb.cells = [c for c in nb.cells if not re.match(r'#\|\s*hide\s*$', c.source, re.M)]
     for i, c in enumerate(nb.cells):    # of some cells only the tables are shown
         if re.match(r'#\|\s*hide_input', c.source):
-            nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(o['data']['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})))
+            tables = [o['data']['text/markdown'] for o in c.outputs if 'text/markdown' in o.get('data', {})]
+            nb.cells[i] = nbformat.v4.new_markdown_cell('\n\n'.join(tables))
     for c in nb.cells: c.source = re.sub(r'^#\|.*\n', '', c.source, flags=re.M)
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = body.replace('](../', '](').replace('src="../', 'src="')

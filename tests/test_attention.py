@@ -26,9 +26,12 @@ def n_hooks(model): return sum(len(m._forward_hooks) + len(m._forward_pre_hooks)
 
 @pytest.mark.parametrize('name, kwargs', [
     ('mit_b0', {}), ('mit_b0', dict(features_only=True, last_stride=1)), ('pvt_v2_b0', {}), ('pvt_v2_b2_li', {}),
-    ('vit_tiny_patch16_224', vit), ('vit_tiny_patch16_224', vit | dict(qk_norm=True, class_token=False, global_pool='avg')),
-    ('vit_tiny_patch16_224', vit | dict(features_only=True)), ('deit_tiny_distilled_patch16_224', vit), ('vit_small_patch14_reg4_dinov2', vit | dict(patch_size=8)),
-    ('eva02_tiny_patch14_224', vit | dict(patch_size=8)), ('vit_small_patch16_rope_mixed_224', vit), ('vit_small_patch16_dinov3', vit | dict(features_only=True))])
+    ('vit_tiny_patch16_224', vit),
+    ('vit_tiny_patch16_224', vit | dict(qk_norm=True, class_token=False, global_pool='avg')),
+    ('vit_tiny_patch16_224', vit | dict(features_only=True)), ('deit_tiny_distilled_patch16_224', vit),
+    ('vit_small_patch14_reg4_dinov2', vit | dict(patch_size=8)),
+    ('eva02_tiny_patch14_224', vit | dict(patch_size=8)), ('vit_small_patch16_rope_mixed_224', vit),
+    ('vit_small_patch16_dinov3', vit | dict(features_only=True))])
 def test_equals_own_attention(name, kwargs):
     model, maps = timm.create_model(name, **kwargs).double().eval(), []   # float64: what differs there is no rounding
     for p in model.parameters(): nn.init.normal_(p, std=.2)
@@ -39,9 +42,10 @@ def test_equals_own_attention(name, kwargs):
     with torch.no_grad(), tap: model(x.double())
     for l, a in zip(tap.layers, maps, strict=True):
         torch.testing.assert_close((l.q @ l.k.transpose(-2, -1) * l.scale).softmax(-1), a, atol=1e-10, rtol=0)
-        assert l.q.shape[2] == l.prefix + l.q_size[0] * l.q_size[1] and l.k.shape[2] == l.prefix + l.k_size[0] * l.k_size[1]
-    assert list(tap.blocks) == [0, 1, 2, 3]
-    layers = tap.blocks[3]
+        assert l.q.shape[2] == l.prefix + l.q_size[0] * l.q_size[1]
+        assert l.k.shape[2] == l.prefix + l.k_size[0] * l.k_size[1]
+    assert list(tap.blocks) == [1, 2, 3, 4]
+    layers = tap.blocks[4]
     image = [a[..., layers[0].prefix:, layers[0].prefix:] for a in maps[-len(layers):]]
     A = attention_map(layers)
     expected, atol = sum((a / a.sum(-1, keepdim=True)).mean(1) for a in image) / len(layers), softmax_rounding(layers)
@@ -68,18 +72,19 @@ def test_leaves_no_trace():
 
 def test_odd_sizes():
     with AttentionTap(mit(last_stride=1)) as tap: tap.model(torch.randn(1, 3, 75, 97))
-    assert [(tap.blocks[b][0].q_size, tap.blocks[b][0].k_size) for b in range(4)] == [
+    assert [(tap.blocks[b][0].q_size, tap.blocks[b][0].k_size) for b in range(1, 5)] == [
         ((19, 25), (2, 3)), ((10, 13), (2, 3)), ((5, 7), (2, 3)), ((5, 7), (5, 7))]
     for l in tap.layers: assert l.q.shape[2] == l.q_size[0] * l.q_size[1] and l.k.shape[2] == l.k_size[0] * l.k_size[1]
 
 
 def test_blocks_and_groups():
-    with AttentionTap(mit(), blocks=[1, 2]) as tap: tap.model(x)
-    assert [l.block for l in tap.layers] == [1, 1, 2, 2]
+    with AttentionTap(mit(), blocks=[2, 3]) as tap: tap.model(x)
+    assert [l.block for l in tap.layers] == [2, 2, 3, 3]
     model = timm.create_model('vit_tiny_patch16_224', **vit | dict(depth=5))
-    for groups, blocks in [(1, [0] * 5), (4, [0, 0, 1, 2, 3]), (5, [0, 1, 2, 3, 4])]: assert [b for _, b in AttentionTap(model, groups=groups)._attention] == blocks
+    for groups, blocks in [(1, [1] * 5), (4, [1, 1, 2, 3, 4]), (5, [1, 2, 3, 4, 5])]:
+        assert [b for _, b in AttentionTap(model, groups=groups)._attention] == blocks
     with pytest.raises(ValueError, match='expected 1 to 5'): AttentionTap(model, groups=6)
-    with pytest.raises(ValueError, match='expected 0 to 3'): AttentionTap(model, blocks=[4])
+    with pytest.raises(ValueError, match='expected 1 to 4'): AttentionTap(model, blocks=[0])
 
 
 def test_mask_transformer():
@@ -88,22 +93,25 @@ def test_mask_transformer():
     model, maps = create_segmenter('segmenter_vit_tiny_patch16_224', 5, depth=4).double().eval(), []
     for p in model.parameters(): nn.init.normal_(p, std=.2)
     with torch.no_grad(), AttentionTap(model) as tap: model(x.double())
-    assert list(tap.blocks) == [0, 1, 2, 3] and tap.n_blocks == 4   # not unless asked for
-    tap = AttentionTap(model, blocks=range(5))
+    assert list(tap.blocks) == [1, 2, 3, 4] and tap.n_blocks == 4   # not unless asked for
+    tap = AttentionTap(model, blocks=range(1, 6))
     for layer in model.decoder.blocks:
         layer.attn.fused_attn = False
         layer.attn.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
     with torch.no_grad(), tap: model(torch.randn(2, 3, 60, 75, dtype=torch.float64))
-    layers = tap.blocks[4]
-    assert len(tap.layers) == 6 and [l.prefix for l in tap.layers] == [1, 1, 1, 1, 0, 0] and layers[0].q.shape == (2, 3, 20, 64)
+    layers = tap.blocks[5]
+    assert len(tap.layers) == 6
+    assert [l.prefix for l in tap.layers] == [1, 1, 1, 1, 0, 0]
+    assert layers[0].q.shape == (2, 3, 20, 64)
     assert maps[0].shape == (2, 3, 25, 25) and layers[0].q_size == layers[0].k_size == (4, 5)
     explicit = sum((a[..., :20, :20] / a[..., :20, :20].sum(-1, keepdim=True)).mean(1) for a in maps) / 2
     torch.testing.assert_close(attention_map(layers).double(), explicit, atol=softmax_rounding(layers), rtol=0)
-    with pytest.raises(ValueError, match='expected 0 to 4'): AttentionTap(model, blocks=[5])
+    with pytest.raises(ValueError, match='expected 1 to 5'): AttentionTap(model, blocks=[6])
     model.train()
-    with AttentionTap(model, blocks=[4]) as tap: model(x.double())
-    attention_map(tap.blocks[4]).square().sum().backward()
-    assert model.decoder.blocks[1].attn.qkv.weight.grad.abs().max() > 0 and model.backbone.model.blocks[3].attn.qkv.weight.grad is not None
+    with AttentionTap(model, blocks=[5]) as tap: model(x.double())
+    attention_map(tap.blocks[5]).square().sum().backward()
+    assert model.decoder.blocks[1].attn.qkv.weight.grad.abs().max() > 0
+    assert model.backbone.model.blocks[3].attn.qkv.weight.grad is not None
 
 
 @pytest.mark.parametrize('name, blocks', [('segmenter', (1, 2, 3, 4, 5)), ('setr', None)])
@@ -114,14 +122,20 @@ def test_affinity_loss_on_vits(name, blocks):
     model, labels = create_segmenter(f'{name}_vit_tiny_patch16_224', 3, depth=4), torch.full((64, 80), 255)
     labels[:20, :20] = 1
     dl = DataLoader([(image, labels) for image in torch.randn(4, 3, 64, 80)], bs=2)
-    loss = lambda y, t: nn.functional.cross_entropy(nn.functional.interpolate(y, t.shape[-2:], mode='bilinear'), t, ignore_index=255)
+    def loss(y, t):
+        y = nn.functional.interpolate(y, t.shape[-2:], mode='bilinear')
+        return nn.functional.cross_entropy(y, t, ignore_index=255)
     learn = Learner(DataLoaders(dl, dl), model, loss, cbs=SASFormerLoss(form=Form(blocks=blocks)))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
     values = learn.sasformer_loss.epochs[0]
-    assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)] and all(v > 0 for v in values.values()) and n_hooks(model) == 0
-    with torch.no_grad(), AttentionTap(model, [b - 1 for b in blocks] if blocks else None) as tap: y = model(x)
+    assert list(values) == [f'aff{b}' for b in blocks or range(1, 5)]
+    assert all(v > 0 for v in values.values())
+    assert n_hooks(model) == 0
+    with torch.no_grad(), AttentionTap(model, blocks) as tap: y = model(x)
     p = y.softmax(1).flatten(2).mT
-    for layers in tap.blocks.values(): torch.testing.assert_close(propagate(layers, p), attention_map(layers) @ p, atol=softmax_rounding(layers), rtol=0)
+    for layers in tap.blocks.values():
+        exact = attention_map(layers) @ p
+        torch.testing.assert_close(propagate(layers, p), exact, atol=softmax_rounding(layers), rtol=0)
 
 
 def gradients(model, clear=True):
@@ -155,7 +169,7 @@ def test_gradient_checkpointing(make):
 def test_gradient_reaches_projections():
     model = mit().train()
     with AttentionTap(model) as tap: model(x)
-    attention_map(tap.blocks[2]).square().sum().backward()
+    attention_map(tap.blocks[3]).square().sum().backward()
     attn = model.stages[2].blocks[1].attn
     assert attn.q.weight.grad.abs().max() > 0
     keys, values = attn.kv.weight.grad.chunk(2)
@@ -165,7 +179,7 @@ def test_gradient_reaches_projections():
 def test_autocast():
     with torch.autocast('cpu', torch.bfloat16), AttentionTap(mit().train()) as tap:
         tap.model(x)
-        A = attention_map(tap.blocks[0])
+        A = attention_map(tap.blocks[1])
     assert tap.layers[0].q.dtype == torch.bfloat16 and A.dtype == torch.float32
     torch.testing.assert_close(A.sum(-1), torch.ones(2, 256), atol=16*eps, rtol=0)   # sums of 4, over 2 layers
 

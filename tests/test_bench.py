@@ -34,7 +34,8 @@ def test_ratio_within_rounds():
 
 
 def test_step(tmp_path):
-    r = run(tmp_path, 'step', '--size', 64, '--batch', 2, '--classes', 4, '--steps', 2, '--variants', 'bare', 'affinity', 'sampled')
+    r = run(tmp_path, 'step', '--size', 64, '--batch', 2, '--classes', 4, '--steps', 2,
+            '--variants', 'bare', 'affinity', 'sampled')
     assert list(r['rows']) == ['bare', 'affinity', 'sampled'] and r['settings']['last_stride'] == 1
     for v in r['rows'].values(): assert v['ms'] > 0 and v['peak_mb'] > 100 and v['share_of_peak'] > 0
     assert r['rows']['bare']['ratio'] == 1 and r['environment']['threads'] == 1
@@ -52,11 +53,13 @@ def test_naive(tmp_path):
     r = run(tmp_path, 'naive', '--size', 64, '--batch', 4, '--steps', 3)
     a, b = (np.array(r['curves'][n]) for n in ('plain', 'ours'))
     assert len(a) == 5 and np.abs(a-b).max() < .1
-    assert list(r['rows']) == ['decoder as written', 'plain', 'ours'] and np.abs(a-r['curves']['decoder as written']).max() < 1e-3
+    assert list(r['rows']) == ['decoder as written', 'plain', 'ours']
+    assert np.abs(a-r['curves']['decoder as written']).max() < 1e-3
 
 
 def test_tree(tmp_path):
-    r = run(tmp_path, 'tree', '--size', 64, '--batch', 1, '--classes', 3, '--channels', 8, '--tree_size', 16, '--tree_batch', 2, '--steps', 1)
+    r = run(tmp_path, 'tree', '--size', 64, '--batch', 1, '--classes', 3, '--channels', 8,
+            '--tree_size', 16, '--tree_batch', 2, '--steps', 1)
     assert r['share_of_step'] > 0 and 'tree energy' in r['rows']
 
 
@@ -70,7 +73,8 @@ def test_one_at_a_time_is_multi_scale():
 
 def test_peaks():
     assert matmul_peak(n=64) > 1e6
-    code = "import numpy as np; from sasformer.measure import resident_peak; a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)"
+    code = ("import numpy as np; from sasformer.measure import resident_peak; "
+            "a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)")
     grown = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
     assert 370 < grown < 450   # 400 MB
 
@@ -87,11 +91,15 @@ def test_the_programs_keep_freed_memory(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(machine, 'keep_freed_memory', lambda: asked.append(program))
     program = 'train'
-    with pytest.raises(SystemExit): train.main(['--data', 'scenes', '--epochs', '1', '--weights', str(tmp_path/'none.pt'), '--out', str(tmp_path/'out')])
+    with pytest.raises(SystemExit):
+        train.main(['--data', 'scenes', '--epochs', '1', '--weights', str(tmp_path/'none.pt'),
+                    '--out', str(tmp_path/'out')])
     program = 'evaluate'
     with pytest.raises(SystemExit): evaluate.main([str(tmp_path), '--data', 'scenes'])
     program = 'predict'
     with pytest.raises(SystemExit): predict.main([str(tmp_path), str(tmp_path), '--out', str(tmp_path/'out')])
     for program, flag in (('bench', []), ('bench without', ['--no-keep_memory'])):
-        with pytest.raises(SystemExit): bench.main(['loader', '--data', 'camvid', '--path', 'nowhere', '--threads', str(torch.get_num_threads()), *flag])
+        with pytest.raises(SystemExit):
+            bench.main(['loader', '--data', 'camvid', '--path', 'nowhere',
+                        '--threads', str(torch.get_num_threads()), *flag])
     assert asked == ['train', 'evaluate', 'predict', 'bench']

@@ -8,7 +8,8 @@ from sasformer.annotations import SCRIBBLE_TAGS, read_label_map, simulate, write
 from sasformer.benchmarks import get_source
 from sasformer.datasets import folder, open_image, scenes
 
-PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_predict='predict', sasformer_labels='labels')
+PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_predict='predict',
+                sasformer_labels='labels')
 
 
 @pytest.fixture(scope='module')
@@ -58,7 +59,8 @@ def fails(main, args, capsys, *words):
     with pytest.raises(SystemExit) as e: main([str(a) for a in args])
     out, err = capsys.readouterr()
     assert e.value.code == 2 and err.count('\n') == 1 and err.startswith('sasformer_') and ': error: ' in err, err + out
-    assert not out or out.count('\n') == 1 and ' on cpu, ' in out, out   # at most the line that says on what it computes
+    # at most the line that says on what it computes
+    assert not out or out.count('\n') == 1 and ' on cpu, ' in out, out
     for w in words: assert str(w) in err, err
 
 
@@ -80,7 +82,8 @@ def test_every_argument_of_sasformer_data_is_documented(capsys, monkeypatch):
     from fastcore.script import anno_parser
     from sasformer.downloads import download_cli
     for a in anno_parser(getattr(download_cli, '__wrapped__', download_cli), 'sasformer_data')._actions:
-        if a.dest not in ('pdb', 'xtra'): assert a.help and a.help.split('(default')[0].strip(), f'sasformer_data: {a.dest} has no help'
+        if a.dest not in ('pdb', 'xtra'):
+            assert a.help and a.help.split('(default')[0].strip(), f'sasformer_data: {a.dest} has no help'
 
 
 @pytest.mark.parametrize('module', ['train', 'labels'])
@@ -88,14 +91,17 @@ def test_as_a_program(module, tmp_path):
     "What the other tests call in process also starts from a shell, and ends with status 2 on a wrong value"
     args = dict(train=['--bs', '0', '--out', 'x'], labels=['simulate', '--masks', 'nowhere', '--out', 'x'])[module]
     env = dict(os.environ, PYTHONPATH=str(Path(train.__file__).parents[1]))
-    r = subprocess.run([sys.executable, '-m', f'sasformer.{module}', *args], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert r.returncode == 2 and 'Traceback' not in r.stderr and f'sasformer_{module}: error: ' in r.stderr.splitlines()[-1], r.stderr
+    r = subprocess.run([sys.executable, '-m', f'sasformer.{module}', *args], capture_output=True, text=True,
+                       cwd=tmp_path, env=env)
+    assert r.returncode == 2 and 'Traceback' not in r.stderr, r.stderr
+    assert f'sasformer_{module}: error: ' in r.stderr.splitlines()[-1], r.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('module,wrong', [
-    ('train', ['--epochs', '0']), ('train', ['--method', 'sasformer:alpha=-1']), ('train', ['--method', 'sasform']), ('train', ['--annotation', 'dots']),
-    ('evaluate', []), ('evaluate', ['run', '--scales', '0']), ('predict', []), ('predict', ['run', 'none', '--out', 'x']), ('labels', ['stats']),
+    ('train', ['--epochs', '0']), ('train', ['--method', 'sasformer:alpha=-1']), ('train', ['--method', 'sasform']),
+    ('train', ['--annotation', 'dots']), ('evaluate', []), ('evaluate', ['run', '--scales', '0']),
+    ('predict', []), ('predict', ['run', 'none', '--out', 'x']), ('labels', ['stats']),
     ('paper', ['run', 'table9']), ('bench', ['step', '--variants', 'magic']), ('demo', ['--epochs', 'many'])])
 def test_help_and_wrong_arguments_need_no_torch(module, wrong):
     "Nor anything else that takes seconds to load"
@@ -108,7 +114,8 @@ for args in (['--help'], {wrong!r}):
 print([m for m in ('torch', 'fastai', 'timm', 'numba', 'pandas', 'matplotlib') if m in sys.modules])"""
     env = dict(os.environ, PYTHONPATH=str(Path(train.__file__).parents[1]))
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env)
-    assert done.stdout.splitlines()[-3:-2] == ['0'] and done.stdout.splitlines()[-2:] == ['2', '[]'], done.stdout[-300:]+done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[-3:-2] == ['0'] and lines[-2:] == ['2', '[]'], done.stdout[-300:]+done.stderr
 
 
 def test_entry_points_exist():
@@ -128,7 +135,8 @@ def test_eval(run, home, tmp_path, capsys):
     from sasformer.learner import load_segmenter
     out = tmp_path/'new'/'eval.json'
     evaluate.main([str(run), '--out', str(out)])
-    text, r = capsys.readouterr().out, json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
+    text = capsys.readouterr().out
+    r = json.loads(out.read_text(), parse_constant=lambda c: pytest.fail(f'{c} is no JSON'))
     cm = by_hand(load_segmenter(run), folder(home), progress=False)
     assert r['miou'] == cm.miou and r['pixel_accuracy'] == cm.pixel_accuracy and r['mean_accuracy'] == cm.mean_accuracy
     assert (r['data'], r['split'], r['images'], r['scales']) == ('folder', 'val', 4, [1.])
@@ -142,7 +150,8 @@ def test_eval_options_reach_the_model(run, home, tmp_path):
         evaluate.main([str(run/'best.safetensors'), '--data', 'folder', '--path', str(home), '--out', str(out), *args])
         return json.loads(out.read_text())
     plain = r()
-    for args in (['--scales', '0.5,1.5'], ['--flip'], ['--window', '32'], ['--split', 'train'], ['--precision', 'bf16']):
+    for args in (['--scales', '0.5,1.5'], ['--flip'], ['--window', '32'], ['--split', 'train'],
+                 ['--precision', 'bf16']):
         assert r(*args)['accuracy'] != plain['accuracy'], args
     assert len(r('--scales', 'paper')['scales']) == 7
 
@@ -203,7 +212,8 @@ def folder_palette(run): return json.loads((run/'model.json').read_text())['pale
 
 def test_predict_one_image_without_overlay(run, photos, tmp_path):
     out = tmp_path/'masks'
-    predict.main([str(run/'last.safetensors'), str(photos/'grey.png'), '--out', str(out), '--no-overlay', '--flip', '--scales', '0.5,1', '--window', '32', '--precision', 'bf16'])
+    predict.main([str(run/'last.safetensors'), str(photos/'grey.png'), '--out', str(out), '--no-overlay', '--flip',
+                  '--scales', '0.5,1', '--window', '32', '--precision', 'bf16'])
     assert [p.name for p in out.iterdir()] == ['grey.png']
 
 
@@ -235,11 +245,13 @@ def test_predict_faults(run, photos, tmp_path, capsys):
 def test_simulated_files_are_the_labels_of_a_training(home, tmp_path, capsys):
     "Written beside a data set they are its labels, and the very ones that it would simulate"
     for d in ('images', 'masks', 'codes.txt'): (tmp_path/d).symlink_to(home/d)
-    labels.main(f'simulate --annotation scribble:length=0.5,seed=3 --data folder --path {home} --split all --out {tmp_path}/scribble'.split())
+    labels.main(f'simulate --annotation scribble:length=0.5,seed=3 --data folder --path {home} '
+                f'--split all --out {tmp_path}/scribble'.split())
     assert '12 label maps' in capsys.readouterr().out
     src = get_source('folder', tmp_path).check(read=True)
     assert list(src.released) == ['scribble']
-    for i in src.images: assert (src.annotation(i, 'scribble') == src.annotation(i, 'sim_scribble:length=0.5,seed=3')).all()
+    for i in src.images:
+        assert (src.annotation(i, 'scribble') == src.annotation(i, 'sim_scribble:length=0.5,seed=3')).all()
     assert Image.open(tmp_path/'scribble'/f'{i}.png').mode == 'P'
 
 
@@ -261,16 +273,20 @@ def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
     labels.main(f'stats --data folder --path {tmp_path} --annotation tag --out {tmp_path}/counts'.split())
     text = capsys.readouterr().out
     assert 'tags of 8 images (folder train)' in text and 'images that two classes are both in' in text
-    assert sorted(f.name for f in (tmp_path/'counts').iterdir()) == ['images.csv', 'labels.csv', 'labels.png', 'together.csv']
+    names = sorted(f.name for f in (tmp_path/'counts').iterdir())
+    assert names == ['images.csv', 'labels.csv', 'labels.png', 'together.csv']
     rows = list(csv.DictReader((tmp_path/'counts/labels.csv').open()))
-    assert [int(r['images']) for r in rows] == [sum(c in masks.tags(i) for i in masks.splits['train']) for c in range(6)]
+    assert [int(r['images']) for r in rows] == [sum(c in masks.tags(i) for i in masks.splits['train'])
+                                                for c in range(6)]
     out = tmp_path/'run'
-    train.main(f'--data folder --path {tmp_path} --annotation tag --method baseline --epochs 1 --size 64 --bs 4 --device cpu --out {out}'.split())
+    train.main(f'--data folder --path {tmp_path} --annotation tag --method baseline --epochs 1 '
+               f'--size 64 --bs 4 --device cpu --out {out}'.split())
     assert json.loads((out/'result.json').read_text())['settings']['annotation'] == 'tag'
 
 
 def test_simulated_without_novel_classes(home, tmp_path):
-    labels.main(['simulate', '--annotation', 'dense:novel=plain ring', '--data', 'folder', '--path', str(home), '--out', str(tmp_path/'dense')])
+    labels.main(['simulate', '--annotation', 'dense:novel=plain ring', '--data', 'folder', '--path', str(home),
+                 '--out', str(tmp_path/'dense')])
     for i in folder(home).splits['train']:
         mask, written = folder(home).mask(i), read_label_map(tmp_path/'dense'/f'{i}.png')
         assert (written == np.where(mask == 5, 255, mask)).all()
@@ -282,9 +298,13 @@ def test_faults_of_tags(home, tmp_path, capsys):
     bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'tags.csv'], 'there already', '--overwrite')
     bad(['tags', '--data', 'folder', '--path', home, '--out', tmp_path/'new.csv', '--split', 'test'], '--split test')
     bad(['stats', '--data', 'folder', '--path', home, '--annotation', 'tag:novel=moon'], "no class 'moon'")
-    bad(['simulate', '--masks', home/'masks', '--annotation', 'point:novel=moon', '--out', tmp_path/'new'], 'novel needs the names of classes')
-    with pytest.raises(SystemExit): train.main(['--data', 'folder', '--path', str(home), '--annotation', 'dense:novel=moon', '--out', str(tmp_path/'run')])
-    assert capsys.readouterr().err.startswith("sasformer_train: error: annotation 'dense:novel=moon': folder has no class 'moon'")
+    bad(['simulate', '--masks', home/'masks', '--annotation', 'point:novel=moon', '--out', tmp_path/'new'],
+        'novel needs the names of classes')
+    with pytest.raises(SystemExit):
+        train.main(['--data', 'folder', '--path', str(home), '--annotation', 'dense:novel=moon',
+                    '--out', str(tmp_path/'run')])
+    expected = "sasformer_train: error: annotation 'dense:novel=moon': folder has no class 'moon'"
+    assert capsys.readouterr().err.startswith(expected)
     assert not (tmp_path/'new').exists() and not (tmp_path/'run').exists()
 
 
@@ -303,8 +323,10 @@ def test_simulate_faults(home, tmp_path, capsys):
     bad(['--data', 'nothing'], '--data')
     fails(labels.main, ['simulate', '--masks', home/'masks'], capsys, '--out')
     assert not new.exists()
-    fails(labels.main, ['simulate', '--masks', home/'masks'/'train', '--out', home/'masks'/'train', '--overwrite'], capsys, 'is itself read')
-    fails(labels.main, ['simulate', '--data', 'folder', '--path', home, '--out', home/'images'/'train', '--overwrite'], capsys, 'is itself read')
+    fails(labels.main, ['simulate', '--masks', home/'masks'/'train', '--out', home/'masks'/'train', '--overwrite'],
+          capsys, 'is itself read')
+    fails(labels.main, ['simulate', '--data', 'folder', '--path', home, '--out', home/'images'/'train', '--overwrite'],
+          capsys, 'is itself read')
     labels.main(['simulate', '--masks', str(home/'masks'), '--out', str(new)])
     written = files(new)
     bad(['--masks', home/'masks'], 'there already', '--overwrite')
@@ -315,7 +337,8 @@ def test_simulate_faults(home, tmp_path, capsys):
 def published(home, tmp_path):
     "A points file, its background, and a zip of scribbles in two sets, for two of the images"
     i, j = folder(home).splits['train'][:2]
-    (tmp_path/'fg.json').write_text(json.dumps({i: [dict(cls=2, x=20, y=10, rank=1)], j: [dict(cls=5, x=1, y=2, rank=1)]}))
+    (tmp_path/'fg.json').write_text(json.dumps({i: [dict(cls=2, x=20, y=10, rank=1)],
+                                                j: [dict(cls=5, x=1, y=2, rank=1)]}))
     (tmp_path/'bg.json').write_text(json.dumps({i: [dict(cls=0, x=50, y=50, rank=1)]}))
     xml = ('<annotation><size><width>64</width><height>64</height></size><polygon><tag>{}</tag>'
            '<point><X>5</X><Y>8</Y></point><point><X>60</X><Y>8</Y></point></polygon></annotation>')
@@ -327,9 +350,11 @@ def published(home, tmp_path):
 
 def test_convert_points(home, published):
     path, i, j = published
-    labels.main(f'convert {path}/fg.json --background {path}/bg.json --images {home}/images --width 5 --out {path}/point'.split())
+    labels.main(f'convert {path}/fg.json --background {path}/bg.json --images {home}/images '
+                f'--width 5 --out {path}/point'.split())
     m = read_label_map(path/'point'/f'{i}.png', shape=(64, 64))
-    assert m[10, 20] == 2 and m[50, 50] == 0 and (m == 2).sum() == 21 and read_label_map(path/'point'/f'{j}.png')[2, 1] == 5
+    assert m[10, 20] == 2 and m[50, 50] == 0 and (m == 2).sum() == 21
+    assert read_label_map(path/'point'/f'{j}.png')[2, 1] == 5
     (path/'ids.txt').write_text(j)
     labels.main(f'convert {path}/fg.json --images {home}/images --ids {path}/ids.txt --out {path}/one'.split())
     assert [p.stem for p in (path/'one').iterdir()] == [j]
@@ -340,7 +365,8 @@ def test_convert_scribbles(home, published):
     labels.main(f'convert {path}/s.zip --within top/voc --out {path}/a'.split())
     assert read_label_map(path/'a'/f'{i}.png')[8, 30] == SCRIBBLE_TAGS.index('cat')
     (path/'names.txt').write_text('sky\ngrass\n')
-    labels.main(f'convert {path}/s.zip --within top/other --classes {path}/names.txt --images {home}/images --width 1 --out {path}/b'.split())
+    labels.main(f'convert {path}/s.zip --within top/other --classes {path}/names.txt --images {home}/images '
+                f'--width 1 --out {path}/b'.split())
     m = read_label_map(path/'b'/f'{i}.png', 2)
     assert m[8, 30] == 1 and (m == 1).sum() == 56
 
@@ -366,7 +392,8 @@ def test_convert_faults(home, published, capsys):
     bad([path/'fg.json', '--images', images, '--ids', path/'ids.txt'], '--ids', 'nobody')
     bad([path/'fg.json', '--images', images, '--ids', path/'none.txt'], 'none.txt')
     assert not new.exists()
-    fails(labels.main, ['convert', path/'fg.json', '--images', images, '--out', images/'train', '--overwrite'], capsys, 'is itself read')
+    fails(labels.main, ['convert', path/'fg.json', '--images', images, '--out', images/'train', '--overwrite'], capsys,
+          'is itself read')
 
 
 def test_stats(home, tmp_path, capsys):
@@ -376,11 +403,13 @@ def test_stats(home, tmp_path, capsys):
     maps = [src.annotation(i, 'point') for i in src.splits['train']]
     assert f"{100*np.mean([m < 254 for m in maps]):.2f} % of the pixels of 8 images" in text
     rows = list(csv.DictReader((out/'labels.csv').open()))
-    assert [r['class'] for r in rows] == src.classes and [int(r['labelled']) for r in rows] == [sum(int((m == c).sum()) for m in maps) for c in range(6)]
+    assert [r['class'] for r in rows] == src.classes
+    assert [int(r['labelled']) for r in rows] == [sum(int((m == c).sum()) for m in maps) for c in range(6)]
     assert [r['image'] for r in csv.DictReader((out/'images.csv').open())] == src.splits['train']
     Image.open(out/'labels.png').verify()
     before = files(out)
-    fails(labels.main, ['stats', '--data', 'folder', '--path', home, '--annotation', 'point', '--out', out], capsys, 'there already', '--overwrite')
+    fails(labels.main, ['stats', '--data', 'folder', '--path', home, '--annotation', 'point', '--out', out], capsys,
+          'there already', '--overwrite')
     fails(labels.main, ['stats', '--data', 'folder', '--path', home, '--split', 'test'], capsys, '--split')
     fails(labels.main, ['stats', '--data', 'folder', '--path', home, '--annotation', 'dots'], capsys, 'dots')
     fails(labels.main, ['stats'], capsys, '--data')

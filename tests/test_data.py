@@ -57,7 +57,8 @@ def test_augmentation_is_what_it_was(src):
 
 
 def test_thin_labels_are_kept_but_not_those_of_masks(src):
-    thin = {a: SparseDataset(src, [], a).thin for a in ('dense', 'dense:novel=plain ring', 'scribble', 'sim_scribble', 'scribble:novel=plain ring')}
+    thin = {a: SparseDataset(src, [], a).thin
+            for a in ('dense', 'dense:novel=plain ring', 'scribble', 'sim_scribble', 'scribble:novel=plain ring')}
     assert list(thin.values()) == [False, False, True, True, True]
 
 
@@ -101,7 +102,8 @@ def test_short_order():
 
 def test_training_from_tags_reads_no_mask(src):
     tags = {i: [src.classes[c] for c in src.tags(i)] for i in src.splits['train']}
-    bare = Source('bare', None, src.classes, src.splits, src.images, {i: src.masks[i] for i in src.splits['val']}, tag_table=tags)
+    bare = Source('bare', None, src.classes, src.splits, src.images, {i: src.masks[i] for i in src.splits['val']},
+                  tag_table=tags)
     dls = sparse_dataloaders(bare, 'tag', size=32, bs=4, device='cpu')
     seen = torch.cat([t for _,_,t in dls.train])
     assert seen.sum(0).tolist() == np.sum([hot(src, i) for i in src.splits['train']], 0).tolist()
@@ -116,17 +118,22 @@ def test_tags_are_found_once(src, monkeypatch):
     fresh.masks = Watched(masks)
     ds = SparseDataset(fresh, fresh.splits['train'], 'scribble', size=(32, 32), augment=True)
     for ds.epoch in range(3): [ds[i] for i in range(4)]
-    assert sorted(read) == fresh.splits['train']                # each mask once: for its scribbles, and its tags with them
+    # each mask once: for its scribbles, and its tags with them
+    assert sorted(read) == fresh.splits['train']
 
 
 @pytest.mark.parametrize('table,annotation,message', [
-    ({'b': ['one']}, 'tag', "neither tags nor labels say which classes are in 'a'"), ({'a': [], 'b': ['one']}, 'tag', 'no tag for 1 of 2 train images, such as a'),
-    ({'a': ['three'], 'b': [0]}, 'tag', "tags of 'a': x has no class 'three', it has one, two"), ({'a': [0], 'b': [1]}, 'tag:novel=four', "no class 'four'"),
+    ({'b': ['one']}, 'tag', "neither tags nor labels say which classes are in 'a'"),
+    ({'a': [], 'b': ['one']}, 'tag', 'no tag for 1 of 2 train images, such as a'),
+    ({'a': ['three'], 'b': [0]}, 'tag', "tags of 'a': x has no class 'three', it has one, two"),
+    ({'a': [0], 'b': [1]}, 'tag:novel=four', "no class 'four'"),
 ])
 def test_what_is_wrong_is_said_before_training(table, annotation, message):
     image = np.zeros((8, 8, 3), np.uint8)
-    bad = Source('x', None, ['one','two'], {'train': ['a','b'], 'val': ['c']}, dict(a=image, b=image, c=image), {'c': image[...,0]}, tag_table=table)
-    with pytest.raises((AnnotationError, FileNotFoundError), match=message) as e: sparse_dataloaders(bad, annotation, size=8, bs=2, device='cpu')
+    bad = Source('x', None, ['one','two'], {'train': ['a','b'], 'val': ['c']}, dict(a=image, b=image, c=image),
+                 {'c': image[...,0]}, tag_table=table)
+    with pytest.raises((AnnotationError, FileNotFoundError), match=message) as e:
+        sparse_dataloaders(bad, annotation, size=8, bs=2, device='cpu')
     assert '\n' not in str(e.value)
 
 
@@ -138,12 +145,36 @@ def test_hidden_masks_change_no_bit(src):
     weights = []
     for masks in (src.masks, void):
         s = Source('s', None, src.classes, src.splits, src.images, masks, tag_table=tags)
-        learn = sparse_learner(sparse_dataloaders(s, 'dense:novel=plain ring', size=32, bs=4, device='cpu'), 'segformer_mit_b0', decoder_dim=16)
+        learn = sparse_learner(sparse_dataloaders(s, 'dense:novel=plain ring', size=32, bs=4, device='cpu'),
+                               'segformer_mit_b0', decoder_dim=16)
         batch = learn.dls.one_batch()
         with learn.no_bar(): learn.fit_poly(epochs=1)
         weights.append((*batch, *learn.model.state_dict().values()))
     assert all(torch.equal(a, b) for a, b in zip(*weights))
     assert any(ring in t for t in tags.values())
+
+
+def test_novel_classes_reach_the_metrics(src, tmp_path):
+    "The log of a training, and its curves, have base, novel and harmonic; without novel classes they have not"
+    from matplotlib import pyplot as plt
+    from sasformer.learner import RunFolder
+    from sasformer.train import plot_curves
+    groups, more = src.groups('dense:novel=plain ring'), ['miou_base', 'miou_novel', 'miou_harmonic']
+    def train(annotation, folder):
+        dls = sparse_dataloaders(src, annotation, size=32, bs=4, device='cpu')
+        learn = sparse_learner(dls, 'segformer_mit_b0', decoder_dim=16, cbs=RunFolder(folder))
+        with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
+        return learn
+    learn = train('dense:novel=plain ring', tmp_path/'novel')
+    row, confusion = learn.run_folder.rows[-1], learn.confusion.total()
+    assert [row[k] for k in more] == list(confusion.group_iou(groups).values())
+    header = (tmp_path/'novel/log.csv').read_text().splitlines()[0]
+    assert header.startswith('epoch,train_loss,valid_loss,miou,pixel_accuracy,mean_accuracy,'+','.join(more))
+    fig = plot_curves(learn.run_folder.rows)
+    drawn = {ax.get_title(): {l.get_label() for l in ax.lines} >= set(more) for ax in fig.axes}
+    assert drawn == dict(losses=False, validation=True)
+    plt.close(fig)
+    assert not set(more) & train('dense', tmp_path/'all').run_folder.rows[-1].keys()
 
 
 # --- the learner
@@ -157,7 +188,8 @@ def test_label_map_and_tags_are_targets(src):
             assert labels is self.yb[0] and tags is self.yb[1] and len(self.xb) == 1
             assert type(labels) is type(tags) is torch.Tensor
             seen.append(abs(self.loss.item() - partial_cross_entropy(self.pred, labels).item()))
-    learn = sparse_learner(sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu'), 'segformer_mit_b0', decoder_dim=16, cbs=Look())
+    learn = sparse_learner(sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu'), 'segformer_mit_b0',
+                           decoder_dim=16, cbs=Look())
     with learn.no_bar(): learn.fit_poly(epochs=1)
     assert len(seen) == 4 and max(seen) == 0
     preds, (labels, tags) = learn.get_preds()
@@ -167,16 +199,20 @@ def test_label_map_and_tags_are_targets(src):
 @pytest.mark.parametrize('method', [SASFormerLoss, TreeEnergyLoss])
 def test_methods_do_not_mind_a_training_without_labels(src, method):
     "From tags alone these losses see images without any label, and the cross-entropy is nothing"
-    learn = sparse_learner(sparse_dataloaders(src, 'tag', size=32, bs=4, device='cpu'), 'segformer_mit_b0', method(), decoder_dim=16)
+    learn = sparse_learner(sparse_dataloaders(src, 'tag', size=32, bs=4, device='cpu'), 'segformer_mit_b0', method(),
+                           decoder_dim=16)
     with learn.no_bar(): learn.fit_poly(epochs=1)
     assert all(p.isfinite().all() for p in learn.model.parameters())
 
 
 def test_what_people_look_at(src):
-    learn = sparse_learner(sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu'), 'segformer_mit_b0', decoder_dim=16)
+    learn = sparse_learner(sparse_dataloaders(src, 'scribble', size=32, bs=4, device='cpu'), 'segformer_mit_b0',
+                           decoder_dim=16)
     b = learn.dls.one_batch()
     fig = learn.dls.show_batch(b, max_n=2) or learn.dls.train.show_batch(b, max_n=2)
     first = [src.classes[c] for c in b[2][0].nonzero().flatten().tolist()][0]
-    assert fig.axes[0].get_title().startswith(f'image\n{first}') and fig.axes[1].get_title() == 'labels' and fig.axes[3].get_title()
+    assert fig.axes[0].get_title().startswith(f'image\n{first}')
+    assert fig.axes[1].get_title() == 'labels'
+    assert fig.axes[3].get_title()
     with learn.no_bar(): learn.show_results(max_n=2)
     learn.dls.train.show_batch(b[:2], max_n=2)                 # a batch without tags can be shown too

@@ -21,7 +21,8 @@ def model():
 def photos(tmp_path):
     folder, rng = tmp_path/'photos', np.random.default_rng(0)
     folder.mkdir()
-    for name, size in dict(a=(40, 50, 3), b=(33, 64, 3)).items(): Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder/f'{name}.jpg')
+    for name, size in dict(a=(40, 50, 3), b=(33, 64, 3)).items():
+        Image.fromarray(rng.integers(0, 255, size, np.uint8)).save(folder/f'{name}.jpg')
     return folder
 
 
@@ -31,7 +32,8 @@ def run(model, *args, **kw): return predict_folder(model, *args, progress=False,
 @pytest.mark.parametrize('size', [(64, 64), (65, 97), (9, 31), (200, 33)])
 def test_any_size(model, size):
     x = torch.randn(1, 3, *size)
-    assert predict_logits(model, x).shape == predict_logits(model, x, multiple=32).shape == multi_scale_logits(model, x, (.5, 1.)).shape == (1, 6, *size)
+    for y in (predict_logits(model, x), predict_logits(model, x, multiple=32), multi_scale_logits(model, x, (.5, 1.))):
+        assert y.shape == (1, 6, *size)
 
 
 def test_padding_is_cut_off_where_it_was_put():
@@ -58,7 +60,8 @@ def test_multi_scale_is_its_definition(model):
     with evaluating(model):
         for s in paper_scales:
             for mirror in (False, True):
-                y = F.interpolate(x.flip(3) if mirror else x, (round(70*s), round(91*s)), mode='bilinear', align_corners=False)
+                scaled = round(70*s), round(91*s)
+                y = F.interpolate(x.flip(3) if mirror else x, scaled, mode='bilinear', align_corners=False)
                 y = F.interpolate(model(y), (70, 91), mode='bilinear', align_corners=False).softmax(1)
                 total = total + (y.flip(3) if mirror else y)/(2*len(paper_scales))
     eps = 91*torch.finfo(torch.float32).eps   # scores are resized in float32, with coordinates up to 91
@@ -79,7 +82,8 @@ def test_evaluate(model):
     src = scenes(n_train=1, n_val=2, size=48)
     n, cm = len(src.classes), ConfusionMatrix(len(src.classes))
     net = nn.Conv2d(3, n, 3, padding=1)
-    for i in src.splits['val']: cm.update(torch.from_numpy(predict_image(net, src.image(i)))[None], torch.from_numpy(src.mask(i))[None])
+    for i in src.splits['val']:
+        cm.update(torch.from_numpy(predict_image(net, src.image(i)))[None], torch.from_numpy(src.mask(i))[None])
     assert (evaluate(net, src, progress=False).counts == cm.counts).all()
     seen = []
     evaluate(net, src, progress=lambda ids: seen.extend(ids) or ids)
@@ -101,7 +105,8 @@ def test_folder(model, photos, tmp_path):
     report = run(model, photos, tmp_path/'out', palette, list('abcdef'))
     assert {p.relative_to(tmp_path/'out').as_posix() for p in (tmp_path/'out').rglob('*') if p.is_file()} == \
         {'a.png', 'b.png', 'overlays/a.jpg', 'overlays/b.jpg', 'overlays/legend.png'}
-    assert report.masks == {photos/'a.jpg': tmp_path/'out/a.png', photos/'b.jpg': tmp_path/'out/b.png'} and not report.skipped
+    assert report.masks == {photos/'a.jpg': tmp_path/'out/a.png', photos/'b.jpg': tmp_path/'out/b.png'}
+    assert not report.skipped
     m = read_label_map(tmp_path/'out/b.png', n_classes=6, shape=(33, 64))
     assert (m == predict_image(model, photos/'b.jpg')).all()
     assert Image.open(tmp_path/'out/b.png').getpalette()[:18] == palette.flatten().tolist()
@@ -122,15 +127,20 @@ def test_folder_faults_come_before_work(model, photos, tmp_path):
     with pytest.raises(OSError, match='cut.jpg'): run(model, photos, out)
     assert not out.exists()
     report = run(model, photos, out, on_error='skip')
-    assert list(report.skipped) == [photos/'cut.jpg'] and 'truncated' in report.skipped[photos/'cut.jpg'] and len(report.masks) == 2
+    assert list(report.skipped) == [photos/'cut.jpg']
+    assert 'truncated' in report.skipped[photos/'cut.jpg']
+    assert len(report.masks) == 2
     (photos/'cut.jpg').unlink()
     Image.open(photos/'a.jpg').save(photos/'a.png')
-    with pytest.raises(ValueError, match='a.png and .*a.jpg would have the same mask'): run(model, photos, tmp_path/'new')
+    with pytest.raises(ValueError, match='a.png and .*a.jpg would have the same mask'):
+        run(model, photos, tmp_path/'new')
     with pytest.raises(ValueError, match='holds the images'): run(model, photos/'b.jpg', photos)
-    with pytest.raises(ValueError, match='only 1 colours'): run(model, photos/'b.jpg', tmp_path/'new', [[0, 0, 0]], ['a', 'b'])
+    with pytest.raises(ValueError, match='only 1 colours'):
+        run(model, photos/'b.jpg', tmp_path/'new', [[0, 0, 0]], ['a', 'b'])
     with pytest.raises(FileNotFoundError, match='gone'): run(model, photos/'gone.jpg', tmp_path/'new')
     (tmp_path/'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='at least one readable image'): run(model, tmp_path/'empty', tmp_path/'new')
+    with pytest.raises(FileNotFoundError, match='at least one readable image'):
+        run(model, tmp_path/'empty', tmp_path/'new')
     assert not (tmp_path/'new').exists()
 
 
@@ -143,7 +153,8 @@ def test_no_half_written_file_after_a_failure(photos, tmp_path):
     assert sorted(p.name for p in (tmp_path/'out').rglob('*') if p.is_file()) == ['a.jpg', 'a.png']
 
 
-@pytest.mark.parametrize('orientation,turn', [(3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)])
+@pytest.mark.parametrize('orientation,turn', [
+    (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)])
 def test_masks_are_upright(model, tmp_path, orientation, turn):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8))
     exif = Image.Exif()
@@ -183,7 +194,8 @@ net = torch.nn.Conv2d(3, len(src.classes), 3, padding=1)
 assert (evaluate(net, src, progress=False, distributed=True).counts == evaluate(net, src, progress=False).counts).all()
 dist.barrier(); dist.destroy_process_group()   # left to the end of the process, its threads may outlive it
 '''
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
+           'OMP_NUM_THREADS': '1'}
     runs = [subprocess.Popen([sys.executable, '-c', program, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
     assert [r.wait(100) for r in runs] == [0, 0]
 

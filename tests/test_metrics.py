@@ -8,7 +8,8 @@ from sasformer.metrics import ConfusionMatrix, SegmentationMetrics, to_labels
 def example(n=6, seed=0):
     g = torch.Generator().manual_seed(seed)
     target = torch.randint(0, n-1, (3, 17, 23), generator=g)
-    pred = torch.where(torch.rand(target.shape, generator=g) < .6, target, torch.randint(0, n, target.shape, generator=g))
+    pred = torch.where(torch.rand(target.shape, generator=g) < .6, target,
+                       torch.randint(0, n, target.shape, generator=g))
     target[:, :2], target[:, :, 5] = 255, 254
     return pred, target
 
@@ -145,6 +146,7 @@ dist.barrier(); dist.destroy_process_group()   # left to the end of the process,
 
 
 def test_two_processes(tmp_path):
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1'}
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
+           'OMP_NUM_THREADS': '1'}
     runs = [subprocess.Popen([sys.executable, '-c', program, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
     assert [r.wait(100) for r in runs] == [0, 0]

@@ -12,7 +12,8 @@ def segformer(name, seed=0, cls='SegformerModel', **kwargs):
     "transformers' encoder with random weights large enough for attention that is far from uniform"
     depths, widths = mit_sizes[name]
     config = transformers.SegformerConfig(depths=depths, hidden_sizes=widths, attn_implementation='eager', **kwargs)
-    with torch.device('meta'): model = getattr(transformers, cls)(config).eval()   # no time for an initialisation that is thrown away
+    # no time for an initialisation that is thrown away
+    with torch.device('meta'): model = getattr(transformers, cls)(config).eval()
     model.to_empty(device='cpu')
     generator = torch.Generator().manual_seed(seed)
     for n, t in model.state_dict().items():
@@ -21,7 +22,8 @@ def segformer(name, seed=0, cls='SegformerModel', **kwargs):
             t.uniform_(-bound, bound, generator=generator)
             if 'norm' in n and n.endswith('weight'): t += 1
     for n, m in model.named_modules():   # the blocks' eps is 1e-6 in the authors' code
-        if isinstance(m, torch.nn.LayerNorm) and 'patch_embeddings' not in n and 'sequence_reduction' not in n: m.eps = 1e-6
+        if isinstance(m, torch.nn.LayerNorm) and 'patch_embeddings' not in n and 'sequence_reduction' not in n:
+            m.eps = 1e-6
     return model
 
 
@@ -33,7 +35,8 @@ def encoder(): return segformer('mit_b0')
 def state(encoder): return mit_names(encoder.state_dict())[1]
 
 
-@pytest.mark.parametrize('name, size', [(n, (64, 64)) for n in mit_sizes] + [('mit_b0', (75, 97)), ('mit_b1', (75, 97))])
+@pytest.mark.parametrize('name, size', [
+    *((n, (64, 64)) for n in mit_sizes), ('mit_b0', (75, 97)), ('mit_b1', (75, 97))])
 def test_equals_transformers(name, size):
     theirs, maps = segformer(name), []
     with torch.device('meta'): ours = timm.create_model(name, num_classes=0).eval()
@@ -42,7 +45,8 @@ def test_equals_transformers(name, size):
         for layer in stage.blocks:
             layer.attn.fused_attn = False
             layer.attn.attn_drop.register_forward_hook(lambda m, args, out: maps.append(out))
-    theirs, ours, x = theirs.double(), ours.double(), torch.randn(1, 3, *size, dtype=torch.float64)   # rounding is then below all else, anywhere
+    # rounding is then below all else, anywhere
+    theirs, ours, x = theirs.double(), ours.double(), torch.randn(1, 3, *size, dtype=torch.float64)
     with torch.no_grad(), KeepPrecision():
         features = ours.forward_intermediates(x, intermediates_only=True)
         out = theirs(x, output_hidden_states=True, output_attentions=True)
@@ -76,7 +80,8 @@ def test_hugging_face_files(tmp_path, state, wrapped):
         done = load_mit_weights(model, tmp_path/cls)
         expected = mit_names(theirs.state_dict())[1]
         for n, x in model.state_dict().items():
-            if not n.startswith('head') or 'Image' in cls: assert torch.equal(x, expected[n.replace('stages_', 'stages.')]), n
+            if not n.startswith('head') or 'Image' in cls:
+                assert torch.equal(x, expected[n.replace('stages_', 'stages.')]), n
         assert done.scheme == 'Hugging Face'
         assert bool(done.unused) == ('Semantic' in cls or wrapped and 'Image' in cls)
         assert done.untouched == ([] if wrapped or 'Image' in cls else ['head.weight', 'head.bias'])
@@ -105,13 +110,17 @@ def test_refuses(tmp_path, state):
     torch.save(model, tmp_path/'pickle.pth')
     torch.save(torch.zeros(3), tmp_path/'tensor.pth')
     (tmp_path/'empty').mkdir()
-    for file, message in [('missing.safetensors', '1 missing: stages.1.norm.bias'), ('more.safetensors', '1 unexpected: stages.1.extra'),
-                          ('shape.safetensors', r'stages.1.norm.bias is \(3,\), expected \(64,\)'), ('cut.safetensors', 'cannot be read'),
-                          ('text.pth', 'cannot be read'), ('pickle.pth', 'cannot be read'), ('tensor.pth', 'cannot be read'),
+    for file, message in [('missing.safetensors', '1 missing: stages.1.norm.bias'),
+                          ('more.safetensors', '1 unexpected: stages.1.extra'),
+                          ('shape.safetensors', r'stages.1.norm.bias is \(3,\), expected \(64,\)'),
+                          ('cut.safetensors', 'cannot be read'),
+                          ('text.pth', 'cannot be read'), ('pickle.pth', 'cannot be read'),
+                          ('tensor.pth', 'cannot be read'),
                           ('empty', 'expected model.safetensors'), ('none.pth', 'no such file')]:
         with pytest.raises((ValueError, FileNotFoundError), match=message) as e: load_mit_weights(model, tmp_path/file)
         assert file in str(e.value)
-    with pytest.raises(TypeError, match='is no MiT'): load_mit_weights(timm.create_model('resnet18'), tmp_path/'more.safetensors')
+    with pytest.raises(TypeError, match='is no MiT'):
+        load_mit_weights(timm.create_model('resnet18'), tmp_path/'more.safetensors')
     assert all(torch.equal(x, before[n]) for n, x in model.state_dict().items())
 
 
@@ -120,4 +129,5 @@ def test_real_weights(data_dir):
     if not file.is_file(): pytest.skip('no pretrained MiT-B0 in SASFORMER_DATA')
     done = load_mit_weights(timm.create_model('mit_b0', features_only=True, last_stride=1), file)
     assert done == ('timm', [], [])
-    with pytest.raises(ValueError, match='The file holds mit_b0, the model is mit_b2'): load_mit_weights(timm.create_model('mit_b2'), file)
+    with pytest.raises(ValueError, match='The file holds mit_b0, the model is mit_b2'):
+        load_mit_weights(timm.create_model('mit_b2'), file)

@@ -5,7 +5,8 @@ import pytest
 from sasformer import paper
 from sasformer.annotations import write_label_map
 from sasformer.datasets import scenes
-from sasformer.paper import BASES, PUBLISHED, TABLES, cell_recipe, differences, main, paper_table, run_cells, table_cells, table_folder, table_rows
+from sasformer.paper import (BASES, PUBLISHED, TABLES, cell_recipe, differences, main, paper_table, run_cells,
+                             table_cells, table_folder, table_rows)
 
 
 def fake_result(cell, miou=.5):
@@ -59,7 +60,8 @@ def test_a_name_has_one_meaning_and_a_meaning_one_name(size):
             assert fields.setdefault(name, cell) == cell, name
             r = cell_recipe(cell)
             meaning = r.settings() | dict(options={n: {**m.meaning(), 'form': None} for n, m in r.methods.items()})
-            assert names.setdefault(repr(sorted(meaning.items())), name) == name, (names[repr(sorted(meaning.items()))], name)
+            key = repr(sorted(meaning.items()))
+            assert names.setdefault(key, name) == name, (names[key], name)
 
 
 def test_shared_cells():
@@ -73,14 +75,17 @@ def test_shared_cells():
 
 def test_full_is_the_papers_setting():
     r = cell_recipe(table_cells('table1', 'full')['point-sasformer-seed0'])
-    assert (r.data, r.model, r.size, r.bs, r.iterations, r.methods['sasformer'].alpha, r.annotation) == ('voc2012', 'segformer_mit_b4', 512, 16, 80_000, .2, 'point')
+    assert (r.data, r.model, r.annotation) == ('voc2012', 'segformer_mit_b4', 'point')
+    assert (r.size, r.bs, r.iterations, r.methods['sasformer'].alpha) == (512, 16, 80_000, .2)
     assert cell_recipe(table_cells('table2', 'full')['scribble-sasformer-seed0']).methods['sasformer'].alpha == 1.2
     assert list(table_cells('table2', 'full')) == list(table_cells('table2', 'full', 1))
 
 
 def test_result_files_of_the_project_belong_to_cells():
     root = Path(__file__).parents[1]/'results'
-    known = {(table_folder(t, s), n) for t in TABLES for s in BASES if s == 'mini' or not TABLES[t].folder for n in table_cells(t, s, 9)}
+    known = {(table_folder(t, s), n)
+             for t in TABLES for s in BASES if s == 'mini' or not TABLES[t].folder
+             for n in table_cells(t, s, 9)}
     folders = {f for f, _ in known}
     files = [f for f in root.glob('*/*-seed*.json') if f.parent.name in folders]
     assert files and not [f.name for f in files if (f.parent.name, f.stem) not in known]
@@ -88,10 +93,15 @@ def test_result_files_of_the_project_belong_to_cells():
 
 def test_published_numbers(data_dir):
     p = json.loads((data_dir/'paper_results.json').read_text())
-    name = lambda m, b, multi: {'Baseline': 'baseline'}.get(m, m) if b == 'SegFormer-B4' else f"{m} ({b}{', multi-stage' if multi else ''})"
-    for t, k in (('table1', 'table1_point'), ('table2', 'table2_scribble')): assert PUBLISHED[t] == {name(*r[:3]): r[3] for r in p[k]}
-    assert PUBLISHED['table3'] == {{'': 'none', '1+2+3+4': 'all'}.get(k, k): v for k, v in p['table3_blocks_scribble'].items()}
-    assert PUBLISHED['table4'] == {f'{m} {w}': v for m, d in p['table4_backbones_scribble'].items() for w, v in d.items()}
+    def name(m, b, multi):
+        if b == 'SegFormer-B4': return {'Baseline': 'baseline'}.get(m, m)
+        return f"{m} ({b}{', multi-stage' if multi else ''})"
+    for t, k in (('table1', 'table1_point'), ('table2', 'table2_scribble')):
+        assert PUBLISHED[t] == {name(*r[:3]): r[3] for r in p[k]}
+    named = {'': 'none', '1+2+3+4': 'all'}
+    assert PUBLISHED['table3'] == {named.get(k, k): v for k, v in p['table3_blocks_scribble'].items()}
+    pairs = p['table4_backbones_scribble']
+    assert PUBLISHED['table4'] == {f'{m} {w}': v for m, d in pairs.items() for w, v in d.items()}
     assert PUBLISHED['table5'] == p['table5_distances_scribble_as_printed']
     assert PUBLISHED['afa'] == {"MiT-B1, image tags": next(r[3] for r in p['afa_readme'] if r[1] == 'VOC2012 val')}
     for t in ('table1', 'table2', 'table3', 'table4', 'table5'): assert set(TABLES[t].rows) <= set(PUBLISHED[t])
@@ -115,7 +125,8 @@ def test_runs_what_is_missing_once(instant, tmp_path, capsys):
 def test_only_and_seeds(instant, tmp_path, capsys):
     places = ['--results', tmp_path/'results', '--work', tmp_path/'work']
     main([str(a) for a in ['run', 'table3', '--only', 'blocks=1+2-,baseline', '--seeds', 2, *places]])
-    assert sorted(instant) == sorted(f'scribble-{v}-seed{s}' for v in ('baseline', 'sasformer-blocks=1+2') for s in (0, 1))
+    variants = 'baseline', 'sasformer-blocks=1+2'
+    assert sorted(instant) == sorted(f'scribble-{v}-seed{s}' for v in variants for s in (0, 1))
     fails(['run', 'table3', '--only', 'block9', *places], capsys, 'block9')
     fails(['run', 'table9', *places], capsys, 'table9', 'table1')
     fails(['run', 'camvid', *places], capsys, '--weights')
@@ -130,7 +141,8 @@ def test_other_settings_are_refused(instant, tmp_path, capsys):
     before = (tmp_path/'results'/'mini'/'scribble-sasformer-distance=L2-seed0.json').read_bytes()
     places = ['--results', tmp_path/'results', '--work', tmp_path/'work']
     fails(['run', 'table5', *places], capsys, 'distance=L2-seed0.json', 'lr 0.5')
-    assert not instant and (tmp_path/'results'/'mini'/'scribble-sasformer-distance=L2-seed0.json').read_bytes() == before
+    assert not instant
+    assert (tmp_path/'results'/'mini'/'scribble-sasformer-distance=L2-seed0.json').read_bytes() == before
     main([str(a) for a in ['list', 'table5', *places]])
     assert 'other settings: lr 0.5' in capsys.readouterr().out
     df = paper_table('table5', tmp_path/'results')
@@ -140,7 +152,8 @@ def test_other_settings_are_refused(instant, tmp_path, capsys):
 def test_a_failing_cell_keeps_no_other_from_running(instant, tmp_path):
     base = dict(recipe='scenes', method='baseline')
     cells = dict(a=base, fails=dict(base, seed=1), c=dict(base, seed=2))
-    with pytest.raises(RuntimeError, match='fails failed.*\nout of memory'): run_cells(cells, tmp_path/'results', tmp_path/'work')
+    with pytest.raises(RuntimeError, match='fails failed.*\nout of memory'):
+        run_cells(cells, tmp_path/'results', tmp_path/'work')
     assert sorted(f.stem for f in (tmp_path/'results').iterdir()) == ['a', 'c']
 
 
@@ -149,7 +162,8 @@ def test_a_cell_that_another_process_runs(tmp_path):
     with open(tmp_path/'work'/'a'/'lock', 'w') as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         seen = []
-        assert run_cells(dict(a=dict(recipe='scenes')), tmp_path/'results', tmp_path/'work', done=lambda *a: seen.append(a)) == []
+        cells = dict(a=dict(recipe='scenes'))
+        assert run_cells(cells, tmp_path/'results', tmp_path/'work', done=lambda *a: seen.append(a)) == []
     assert seen == [('a', None)] and not (tmp_path/'work'/'a'/'cell.json').exists()
 
 
@@ -159,11 +173,15 @@ def test_command_of_a_cell(monkeypatch, tmp_path):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     cell = table_cells('table4', 'full')['scribble-sasformer-segmenter_vit_base_patch16_384-weights=timm-seed0']
     paper._start(cell, tmp_path/'a', 'VOC', None, None, 'torchrun --nproc_per_node 4')
-    assert commands == [(['torchrun', '--nproc_per_node', '4', '-m', 'sasformer.paper', 'cell', str(tmp_path/'a')], None)]
+    command = ['torchrun', '--nproc_per_node', '4', '-m', 'sasformer.paper', 'cell', str(tmp_path/'a')]
+    assert commands == [(command, None)]
     r = json.loads((tmp_path/'a'/'cell.json').read_text())
     assert r['path'] == 'VOC' and r['last_stride'] is None and r['weights'] == 'timm'
-    paper._start({**table_cells('camvid')['points-baseline-seed0']}, tmp_path/'b', 'CamVid', 'b0.safetensors', 'cpu', None)
-    assert commands[1][0][0] == sys.executable and commands[1][1] == '1' and json.loads((tmp_path/'b'/'cell.json').read_text())['weights'] == 'b0.safetensors'
+    cell = {**table_cells('camvid')['points-baseline-seed0']}
+    paper._start(cell, tmp_path/'b', 'CamVid', 'b0.safetensors', 'cpu', None)
+    assert commands[1][0][0] == sys.executable
+    assert commands[1][1] == '1'
+    assert json.loads((tmp_path/'b'/'cell.json').read_text())['weights'] == 'b0.safetensors'
 
 
 @pytest.fixture
@@ -179,8 +197,9 @@ def home(tmp_path):
 
 
 def test_stopped_and_continued_in_two_processes(home, tmp_path, monkeypatch):
-    "A cell that is stopped after its first epoch goes on by the same call, here under a launcher, and ends with all epochs"
-    cells = dict(a=dict(recipe='folder', method='sasformer', epochs=4, size=64, bs=4, decoder_dim=32, validate_every=1, precision='fp32'))
+    "A cell that is stopped after its first epoch goes on by the same call, here under a launcher, to the last epoch"
+    cells = dict(a=dict(recipe='folder', method='sasformer', epochs=4, size=64, bs=4, decoder_dim=32,
+                        validate_every=1, precision='fp32'))
     monkeypatch.setenv('ACCELERATE_USE_CPU', 'true')
     run = lambda **kw: run_cells(cells, tmp_path/'results', tmp_path/'work', home, **kw)
     state, sleep = tmp_path/'work'/'a'/'state.pt', paper.time.sleep
@@ -191,19 +210,27 @@ def test_stopped_and_continued_in_two_processes(home, tmp_path, monkeypatch):
         m.setattr(paper.time, 'sleep', stop)
         run()
     assert not (tmp_path/'results').exists()
-    assert run(launcher=f'{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2') == ['a'] and run() == []
+    assert run(launcher=f'{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2') == ['a']
+    assert run() == []
     r = json.loads((tmp_path/'results'/'a.json').read_text())
-    assert r['processes'] == 2 and [row['epoch'] for row in r['curve']] == [1, 2, 3, 4] and not differences(r['settings'], cells['a'])
+    assert r['processes'] == 2
+    assert [row['epoch'] for row in r['curve']] == [1, 2, 3, 4]
+    assert not differences(r['settings'], cells['a'])
 
 
 # Showing
 
 def test_show(tmp_path, capsys):
     values = {'baseline': (.40, .42, .44), 'sasformer': (.60, .61, .62)}
-    for s in range(3): write(tmp_path/'mini', {n: c for n, c in table_cells('table2').items() if n.endswith(str(s)) and 'tel' not in n}, lambda n: values[n.split('-')[1]][s])
+    cells = table_cells('table2')
+    for s in range(3):
+        of_seed = {n: c for n, c in cells.items() if n.endswith(str(s)) and 'tel' not in n}
+        write(tmp_path/'mini', of_seed, lambda n: values[n.split('-')[1]][s])
     df = paper_table('table2', tmp_path)
     assert df.loc['SASFormer', ['seeds', 'mIoU', 'spread', 'published']].tolist() == pytest.approx([3, 61, 2, 79.49])
-    assert df.loc['baseline', 'spread'] == pytest.approx(4) and df.loc['TEL', 'seeds'] == 0 and df.attrs['missing'] == ['TEL']
+    assert df.loc['baseline', 'spread'] == pytest.approx(4)
+    assert df.loc['TEL', 'seeds'] == 0
+    assert df.attrs['missing'] == ['TEL']
     assert paper.same_order(df) == dict(pairs=1, same=1, clear=1, clear_same=1)
     main(['show', 'table2', 'scenes', '--results', str(tmp_path)])
     out = capsys.readouterr().out
@@ -217,7 +244,8 @@ def test_list(tmp_path, capsys):
     places = ['--results', str(tmp_path/'results'), '--work', str(tmp_path/'work')]
     main(['list', 'scenes', *places])
     states = {name: state for state, name in (l.split() for l in capsys.readouterr().out.splitlines())}
-    assert (states['baseline-seed0'], states['sasformer-seed0'], states['baseline-seed1']) == ('begun', '-', 'done') and list(states) == list(table_cells('scenes'))
+    assert (states['baseline-seed0'], states['sasformer-seed0'], states['baseline-seed1']) == ('begun', '-', 'done')
+    assert list(states) == list(table_cells('scenes'))
     main(['list', *places])
     out = capsys.readouterr().out
     for t in TABLES: assert t in out

@@ -23,15 +23,18 @@ def loss_of(model, x, y, context, form=Form(), **kw):
     return out.square().mean()+10*combine(affinity_loss(tap.blocks, out, y, form, **kw))
 
 
-def gradient(loss, model, **kw): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.parameters(), allow_unused=True, **kw) if g is not None])
+def gradient(loss, model, **kw):
+    grads = torch.autograd.grad(loss, model.parameters(), allow_unused=True, **kw)
+    return torch.cat([g.flatten() for g in grads if g is not None])
 
 
 def plain(model, x, y, form=Form()):
-    return gradient(loss_of(model, x, y, torch.enable_grad(), form, propagation=lambda l, p: attention_map(l) @ p), model)
+    kept = lambda layers, p: attention_map(layers) @ p
+    return gradient(loss_of(model, x, y, torch.enable_grad(), form, propagation=kept), model)
 
 
 def close(model, x, y, *gradients, form=Form(), seed=None):
-    "`gradients` are those of the plain loss, but for rounding: as far off as the plain ones are from those of the network in float64"
+    "`gradients` are the plain loss's but for rounding: as far off as the plain ones are from the network's in float64"
     def expected(model, x):
         if seed is not None: torch.manual_seed(seed)
         return plain(model, x, y, form)
@@ -73,8 +76,9 @@ def test_what_it_passes_on(dtype, monkeypatch):
     monkeypatch.setattr(quick.QuickAttention, '_attend', lambda self, q, *a: taken.append(q.dtype) or q)
     q = torch.randn(1, 2, 5, 8, dtype=dtype, requires_grad=True)
     mask = torch.ones(5, 5, dtype=torch.bool)
-    with quick.QuickAttention():
-        for kw in (dict(is_causal=True), dict(attn_mask=mask), dict(dropout_p=.1)): F.scaled_dot_product_attention(q, q, q, **kw)
+    with quick.QuickAttention(bf16=True):
+        for kw in (dict(is_causal=True), dict(attn_mask=mask), dict(dropout_p=.1)):
+            F.scaled_dot_product_attention(q, q, q, **kw)
         F.scaled_dot_product_attention(q, q, q, mask)
         F.scaled_dot_product_attention(q[0], q[0], q[0])
         F.scaled_dot_product_attention(q[:0], q[:0], q[:0])   # an empty batch
@@ -90,7 +94,8 @@ def test_bfloat16_is_rounded_once(layers, heads, mb):
     "However many maps are added up: class scores that sum to 1 still do, and differ from float32 by about one rounding"
     torch.manual_seed(0)
     rand = lambda n: torch.randn(2, heads, n, 16).bfloat16()
-    qk, pool, p = [(rand(64), rand(32)) for _ in range(layers)], BufferPool(mb), torch.rand(2, 32, 4).softmax(-1).requires_grad_()
+    qk, pool = [(rand(64), rand(32)) for _ in range(layers)], BufferPool(mb)
+    p = torch.rand(2, 32, 4).softmax(-1).requires_grad_()
     maps = []
     for q, k in qk:
         m = AttentionMap(q, k, .25, pool)
@@ -120,7 +125,8 @@ def test_a_forward_pass_that_breaks_off_leaves_nothing(model):
     x = torch.randn(2, 3, 64, 64)
     class Stop(Exception): pass
     def stop(*_): raise Stop()
-    layer = model.backbone.get_submodule('stages_1') if hasattr(model.backbone, 'stages_1') else model.backbone.stages[1]
+    flat = hasattr(model.backbone, 'stages_1')
+    layer = model.backbone.get_submodule('stages_1') if flat else model.backbone.stages[1]
     handle = layer.blocks[0].attn.proj.register_forward_pre_hook(stop)
     with AttentionTap(model), pytest.raises(Stop), QuickAttention(): model(x)
     handle.remove()
@@ -139,7 +145,9 @@ def test_a_learner_uses_it(monkeypatch):
     monkeypatch.setattr(quick, '_backward', lambda *a, **k: calls.append(a[0].dtype) or plain(*a, **k))
     dls = sparse_dataloaders(scenes(n_train=8, n_val=1, size=64), 'point', (32, 32), 2)
     dls.train.n = 2
-    for precision, method, expected in (('fp32', None, 0), ('fp32', SASFormerLoss(), 8), ('bf16', None, 8), ('bf16', SASFormerLoss(), 8)):
+    monkeypatch.setattr(quick, 'cpu_multiplies_bf16', lambda: True)   # or it would leave bfloat16 to the fused kernel
+    cases = ('fp32', None, 0), ('fp32', SASFormerLoss(), 8), ('bf16', None, 8), ('bf16', SASFormerLoss(), 8)
+    for precision, method, expected in cases:
         calls.clear()
         learn = sparse_learner(dls, 'segformer_mit_b0', method, precision=precision)
         with learn.no_logging(): learn.fit(1)
@@ -152,10 +160,12 @@ def test_a_learner_uses_it(monkeypatch):
 def test_nothing_is_held_after_a_step(precision, frozen, monkeypatch):
     "No map is alive when the next forward pass begins"
     from fastai.callback.core import Callback
+    from sasformer import quick
     from sasformer.sasformer import SASFormerLoss
     from sasformer.data import sparse_dataloaders
     from sasformer.datasets import scenes
     from sasformer.learner import sparse_learner
+    monkeypatch.setattr(quick, 'cpu_multiplies_bf16', lambda: True)
     alive, maps, init = [], weakref.WeakSet(), AttentionMap.__init__
     monkeypatch.setattr(AttentionMap, '__init__', lambda self, *a: maps.add(self) or init(self, *a))
     class Look(Callback):

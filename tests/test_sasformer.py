@@ -13,7 +13,7 @@ def case(B=3, C=5, layers=2, heads=3, q_size=(24, 20), k_size=(6, 5), prefix=0, 
     torch.manual_seed(0)
     rand = lambda n: torch.randn(B, n, heads, 8, dtype=dtype).transpose(1, 2).requires_grad_()
     M, K = (prefix+a*b for a, b in (q_size, k_size))
-    blocks = {0: [QK(rand(M), rand(K), 8**-.5, q_size, k_size, 0, prefix) for _ in range(layers)]}
+    blocks = {1: [QK(rand(M), rand(K), 8**-.5, q_size, k_size, 1, prefix) for _ in range(layers)]}
     target = torch.randint(0, C, (B, 96, 80)).where(torch.rand(B, 96, 80) < labelled, torch.tensor(UNLABELLED))
     logits = (3*torch.randn(B, C, 24, 20)).requires_grad_()
     return blocks, logits, target
@@ -21,7 +21,7 @@ def case(B=3, C=5, layers=2, heads=3, q_size=(24, 20), k_size=(6, 5), prefix=0, 
 
 def value_and_gradients(blocks, logits, target, form=Form(), propagation=None):
     loss = combine(affinity_loss(blocks, logits, target, form, propagation))
-    return loss.detach(), *torch.autograd.grad(loss, [logits, *(t for o in blocks[0] for t in (o.q, o.k))])
+    return loss.detach(), *torch.autograd.grad(loss, [logits, *(t for o in blocks[1] for t in (o.q, o.k))])
 
 
 def close(a, b, eps=1e-5):
@@ -36,7 +36,9 @@ def threads(request):
     torch.set_num_threads(n)
 
 
-@pytest.mark.parametrize('kw', [{}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6, 5)), dict(q_size=(96, 80), k_size=(24, 20), heads=5, B=2)])
+@pytest.mark.parametrize('kw', [
+    {}, dict(B=1), dict(B=5, C=2), dict(C=150), dict(prefix=2, q_size=(6, 5)),
+    dict(q_size=(96, 80), k_size=(24, 20), heads=5, B=2)])
 def test_equals_maps(threads, kw):
     c = case(**kw)
     close(value_and_gradients(*c), value_and_gradients(*c, propagation=maps))
@@ -103,7 +105,7 @@ def test_a_share_has_no_bias(rows):
 
 def test_not_a_number_stays():
     blocks, logits, target = case()
-    with torch.no_grad(): blocks[0][0].q[0,0,0,0] = float('nan')
+    with torch.no_grad(): blocks[1][0].q[0,0,0,0] = float('nan')
     assert combine(affinity_loss(blocks, logits, target)).isnan()
 
 
@@ -130,7 +132,9 @@ def test_tap_is_empty_before_the_backward_pass():
     assert seen == [(0, 4)]   # four terms were computed, and nothing is held
 
 
-@pytest.mark.parametrize('shape,size', [((251, 333), (64, 64)), ((251, 333), (37, 51)), ((251, 333), (7, 300)), ((256, 320), (64, 80)), ((256, 320), (32, 300))])
+@pytest.mark.parametrize('shape,size', [
+    ((251, 333), (64, 64)), ((251, 333), (37, 51)), ((251, 333), (7, 300)),
+    ((256, 320), (64, 80)), ((256, 320), (32, 300))])
 def test_counted_rows_are_the_nearest(shape, size):
     target = torch.where(torch.rand(2, *shape) < .3, 7, UNLABELLED)
     target[:,100:] = PADDING

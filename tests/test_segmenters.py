@@ -2,7 +2,8 @@
 import pytest, timm, torch, torch.nn.functional as F
 from torch import nn
 from sasformer.inference import predict_logits
-from sasformer.segmenters import ASPP, DeepLabV3PlusDecoder, MaskTransformer, Segmenter, SegformerDecoder, create_segmenter, list_segmenters
+from sasformer.segmenters import (ASPP, DeepLabV3PlusDecoder, MaskTransformer, Segmenter, SegformerDecoder,
+                                  create_segmenter, list_segmenters)
 
 channels, sizes = (8, 12, 20, 16), ((13, 18), (7, 9), (4, 5), (2, 3))
 
@@ -12,7 +13,8 @@ def features(**kw): return [torch.randn(2, c, *s, **kw) for c,s in zip(channels,
 
 def plain_merge(decoder, feats):
     "Project, upsample, concatenate deepest first, fuse"
-    levels = [F.interpolate(p(f), feats[0].shape[-2:], mode='bilinear', align_corners=False) for p,f in zip(decoder.project, feats)]
+    size = feats[0].shape[-2:]
+    levels = [F.interpolate(p(f), size, mode='bilinear', align_corners=False) for p, f in zip(decoder.project, feats)]
     return decoder.fuse(torch.cat(levels[::-1], 1))
 
 
@@ -48,7 +50,8 @@ def test_published_initialisation():
 def test_segformer_of_transformers(tmp_path):
     transformers = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    theirs = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=7, attn_implementation='sdpa')).eval()
+    config = transformers.SegformerConfig(num_labels=7, attn_implementation='sdpa')
+    theirs = transformers.SegformerForSemanticSegmentation(config).eval()
     head = theirs.decode_head
     for s in head.batch_norm.state_dict().values():
         if s.is_floating_point(): s.uniform_(.5, 1.5)
@@ -75,11 +78,15 @@ def test_backbones(name, kw, stride):
 
 small = dict(depth=2)   # layers of a ViT
 # name, options, size of the scores of 64×96 pixels (84×84 for patches of 14)
-models = [('deeplabv3plus_resnet10t', {}, (16, 24)), ('deeplabv3plus_efficientnet_b0', {}, (16, 24)), ('hrnet_hrnet_w18_small', {}, (16, 24)),
-          *[(f'{d}_vit_tiny_patch16_224', small, s) for d,s in dict(segmenter=(4, 6), linear=(4, 6), setr=(4, 6), setrpup=(32, 48)).items()],
-          ('segmenter_deit_tiny_distilled_patch16_224', small, (4, 6)), ('linear_eva02_tiny_patch14_224', small, (6, 6)),
+models = [('deeplabv3plus_resnet10t', {}, (16, 24)), ('deeplabv3plus_efficientnet_b0', {}, (16, 24)),
+          ('hrnet_hrnet_w18_small', {}, (16, 24)),
+          *[(f'{d}_vit_tiny_patch16_224', small, s)
+            for d,s in dict(segmenter=(4, 6), linear=(4, 6), setr=(4, 6), setrpup=(32, 48)).items()],
+          ('segmenter_deit_tiny_distilled_patch16_224', small, (4, 6)),
+          ('linear_eva02_tiny_patch14_224', small, (6, 6)),
           ('setr_vit_small_patch16_dinov3', small, (4, 6)), ('linear_vit_base_patch16_gap_224', small, (4, 6)),
-          ('segmenter_vit_small_patch14_reg4_dinov2', small, (6, 6)), ('segformer_vit_tiny_patch16_224', small | dict(out_indices=(0, 1)), (4, 6))]
+          ('segmenter_vit_small_patch14_reg4_dinov2', small, (6, 6)),
+          ('segformer_vit_tiny_patch16_224', small | dict(out_indices=(0, 1)), (4, 6))]
 
 
 @pytest.mark.parametrize('name,kw,size', models)
@@ -100,12 +107,14 @@ def test_sizes_gradients_and_config(name, kw, size):
     model, x = model.double(), x.double()   # only the resizing of scores rounds to float32, coordinates up to 97
     y = predict_logits(model, x)
     eps = 97*torch.finfo(torch.float32).eps*y.abs().max().item()
-    torch.testing.assert_close(y, predict_logits(model, x, multiple=model.multiple), rtol=0, atol=eps)   # padded there, or here
+    # padded there, or here
+    torch.testing.assert_close(y, predict_logits(model, x, multiple=model.multiple), rtol=0, atol=eps)
 
 
 def test_padded_scores_lie_where_the_image_is():
     "Scores that say where a patch is, say where each pixel is"
-    model, x = Segmenter(nn.AvgPool2d(8), nn.Identity(), multiple=8), torch.stack(torch.meshgrid(torch.arange(59.), torch.arange(81.), indexing='ij'))[None].double()
+    model = Segmenter(nn.AvgPool2d(8), nn.Identity(), multiple=8)
+    x = torch.stack(torch.meshgrid(torch.arange(59.), torch.arange(81.), indexing='ij'))[None].double()
     inside = (..., slice(4, 52), slice(4, 76))
     assert model(x).shape == x.shape
     torch.testing.assert_close(model(x)[inside], x[inside], rtol=0, atol=1e-10)
@@ -130,7 +139,8 @@ def test_aspp_of_torchvision():
 
 def test_branches_of_hrnet():
     with torch.device('meta'): model = create_segmenter('hrnet_hrnet_w48', 19)
-    assert model.backbone.feature_info.channels() == [48, 96, 192, 384] and model.backbone.feature_info.reduction() == [4, 8, 16, 32]
+    assert model.backbone.feature_info.channels() == [48, 96, 192, 384]
+    assert model.backbone.feature_info.reduction() == [4, 8, 16, 32]
     assert model.decoder.fuse[0].weight.shape == (720, 720, 3, 3)
     backbone = create_segmenter('hrnet_hrnet_w18_small', 3).backbone
     plain = timm.create_model('hrnet_w18_small')   # the whole network, before the layers of its classifier
@@ -151,18 +161,22 @@ def test_last_layer_is_normalised():
         model = create_segmenter(f'linear_{name}', 3, depth=2).eval()
         norm = plain.fc_norm if isinstance(plain.norm, nn.Identity) else plain.norm
         for p in norm.parameters(): nn.init.uniform_(p, .5, 1.5)
-        model.backbone.model.load_state_dict({n.replace('fc_norm', 'norm'): p for n, p in plain.state_dict().items() if not n.startswith('head')})
+        weights = {n.replace('fc_norm', 'norm'): p for n, p in plain.state_dict().items() if not n.startswith('head')}
+        model.backbone.model.load_state_dict(weights)
         x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
         with torch.no_grad():
             expected = plain.double().forward_features(x)
             if norm is plain.fc_norm: expected = norm(expected)
-            torch.testing.assert_close(model.double().backbone(x)[0].flatten(2).mT, expected[:, plain.num_prefix_tokens:], rtol=1e-10, atol=1e-10)
+            torch.testing.assert_close(model.double().backbone(x)[0].flatten(2).mT,
+                                       expected[:, plain.num_prefix_tokens:], rtol=1e-10, atol=1e-10)
 
 
 def test_mask_transformer_step_by_step():
     torch.manual_seed(0)
     decoder, f = MaskTransformer([64], 3, dim=128).double().eval(), torch.randn(2, 64, 4, 5, dtype=torch.float64)
-    assert abs(decoder.classify.patch.weight.std().item() - 128**-.5) < .005 and len(decoder.blocks) == 2 and decoder.blocks[0].attn.num_heads == 2
+    assert abs(decoder.classify.patch.weight.std().item() - 128**-.5) < .005
+    assert len(decoder.blocks) == 2
+    assert decoder.blocks[0].attn.num_heads == 2
     for p in decoder.parameters(): p.data += torch.randn_like(p)*.05
     with torch.no_grad():
         x = torch.cat([decoder.project(f.flatten(2).mT), decoder.tokens.expand(2, -1, -1)], 1)
@@ -177,7 +191,8 @@ def test_mask_transformer_step_by_step():
 
 
 def test_last_doubling_of_pup_is_left_to_others():
-    decoder, f = create_segmenter('setrpup_vit_tiny_patch16_224', 3, decoder_dim=16, depth=1).decoder.double().eval(), torch.randn(1, 192, 3, 4, dtype=torch.float64)
+    model = create_segmenter('setrpup_vit_tiny_patch16_224', 3, decoder_dim=16, depth=1)
+    decoder, f = model.decoder.double().eval(), torch.randn(1, 192, 3, 4, dtype=torch.float64)
     def double(x): return F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
     with torch.no_grad():
         y = f
@@ -199,25 +214,37 @@ def test_every_parameter_learns():
 
 
 def test_errors(tmp_path):
-    assert 'segformer_mit_b5' in list_segmenters() and {'segformer_hrnet_w48', 'hrnet_hrnet_w48'} <= set(list_segmenters('hrnet_w48'))
+    assert 'segformer_mit_b5' in list_segmenters()
+    assert {'segformer_hrnet_w48', 'hrnet_hrnet_w48'} <= set(list_segmenters('hrnet_w48'))
     assert not {'deeplabv3plus_mit_b0', 'segmenter_resnet18', 'hrnet_resnet18', 'setr_mit_b0'} & set(list_segmenters())
-    for name in 'deeplabv3plus_vit_tiny_patch16_224', 'deeplabv3plus_mit_b0', 'segmenter_resnet18', 'hrnet_resnet18', 'setr_swin_tiny_patch4_window7_224':
+    for name in ('deeplabv3plus_vit_tiny_patch16_224', 'deeplabv3plus_mit_b0', 'segmenter_resnet18', 'hrnet_resnet18',
+                 'setr_swin_tiny_patch4_window7_224'):
         with pytest.raises(ValueError, match=f"no segmenter '{name}': .* is none of them"): create_segmenter(name, 2)
-    with pytest.raises(ValueError, match="did you mean 'segmenter_vit_tiny_patch16_224'"): create_segmenter('segmentr_vit_tiny_patch16_224', 2)
-    with pytest.raises(ValueError, match="cannot make features of 'resnet18' for deeplabv3plus with .*'output_stride': 7"): create_segmenter('deeplabv3plus_resnet18', 2, output_stride=7)
-    with pytest.raises(ValueError, match='takes the last layer'): create_segmenter('setr_vit_tiny_patch16_224', 2, out_indices=(3,))
-    with pytest.raises(ValueError, match='decoder_dim=64'): create_segmenter('linear_vit_tiny_patch16_224', 2, decoder_dim=64)
+    with pytest.raises(ValueError, match="did you mean 'segmenter_vit_tiny_patch16_224'"):
+        create_segmenter('segmentr_vit_tiny_patch16_224', 2)
+    message = "cannot make features of 'resnet18' for deeplabv3plus with .*'output_stride': 7"
+    with pytest.raises(ValueError, match=message):
+        create_segmenter('deeplabv3plus_resnet18', 2, output_stride=7)
+    with pytest.raises(ValueError, match='takes the last layer'):
+        create_segmenter('setr_vit_tiny_patch16_224', 2, out_indices=(3,))
+    with pytest.raises(ValueError, match='decoder_dim=64'):
+        create_segmenter('linear_vit_tiny_patch16_224', 2, decoder_dim=64)
     with pytest.raises(ValueError, match="did you mean 'segformer_mit_b0'"): create_segmenter('segformr_mit_b0', 2)
     with pytest.raises(ValueError, match='no segmenter'): create_segmenter('', 2)
-    with pytest.raises(ValueError, match="cannot make features of 'resnet18'.*last_stride"): create_segmenter('segformer_resnet18', 2, last_stride=1)
-    with pytest.raises(ValueError, match='not both'): create_segmenter('segformer_mit_b0', 2, pretrained=True, weights='x')
-    with pytest.raises(FileNotFoundError, match='gone.safetensors'): create_segmenter('segformer_mit_b0', 2, weights=tmp_path/'gone.safetensors')
-    with pytest.raises(FileNotFoundError, match='gone.safetensors'): create_segmenter('segformer_resnet18', 2, weights=tmp_path/'gone.safetensors')
+    with pytest.raises(ValueError, match="cannot make features of 'resnet18'.*last_stride"):
+        create_segmenter('segformer_resnet18', 2, last_stride=1)
+    with pytest.raises(ValueError, match='not both'):
+        create_segmenter('segformer_mit_b0', 2, pretrained=True, weights='x')
+    with pytest.raises(FileNotFoundError, match='gone.safetensors'):
+        create_segmenter('segformer_mit_b0', 2, weights=tmp_path/'gone.safetensors')
+    with pytest.raises(FileNotFoundError, match='gone.safetensors'):
+        create_segmenter('segformer_resnet18', 2, weights=tmp_path/'gone.safetensors')
 
 
 def test_other_backbones_weights_from_a_file(tmp_path):
     from safetensors.torch import save_file
-    for name, kw, tensor, inside in [('segformer_resnet10t', {}, 'layer4.0.conv1.weight', ''), ('deeplabv3plus_resnet10t', {}, 'layer4.0.conv1.weight', ''),
+    for name, kw, tensor, inside in [('segformer_resnet10t', {}, 'layer4.0.conv1.weight', ''),
+                                     ('deeplabv3plus_resnet10t', {}, 'layer4.0.conv1.weight', ''),
                               ('segmenter_vit_tiny_patch16_224', dict(depth=1), 'blocks.0.mlp.fc1.weight', 'model.')]:
         state = timm.create_model(name.partition('_')[2], num_classes=5, **kw).state_dict()
         save_file(state, tmp_path/'w.safetensors')

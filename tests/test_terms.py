@@ -1,4 +1,4 @@
-"What every additional loss shares: its weight, its terms, what it needs, several at once, several processes, interruptions"
+"What every additional loss shares: weight, terms, what it needs, several at once, several processes, interruptions"
 import math, os, subprocess, sys
 from pathlib import Path
 
@@ -34,7 +34,8 @@ class Watch(Callback):
     def after_loss(self):
         self.total.append(self.loss.item())
         self.labelled.append(partial_cross_entropy(self.pred, self.learn.yb[0]).item())
-        self.own.append(torch.stack(list(Confidence.terms(self.learn.confidence).values())).tolist() if hasattr(self.learn, 'confidence') else None)
+        if not hasattr(self.learn, 'confidence'): return self.own.append(None)
+        self.own.append(torch.stack(list(Confidence.terms(self.learn.confidence).values())).tolist())
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +53,9 @@ def fit(learn, n=1):
     return learn
 
 
-@pytest.mark.parametrize('start,warmup,expected', [(0, 0, [2]*8), (.5, 0, [0]*4+[2]*4), (.25, .5, [0, 0, 0, .5, 1, 1.5, 2, 2]), (0, 1, [t/4 for t in range(8)]), (1, 0, [0]*8)])
+@pytest.mark.parametrize('start,warmup,expected', [
+    (0, 0, [2]*8), (.5, 0, [0]*4+[2]*4), (.25, .5, [0, 0, 0, .5, 1, 1.5, 2, 2]),
+    (0, 1, [t/4 for t in range(8)]), (1, 0, [0]*8)])
 def test_weight(dls, start, warmup, expected):
     seen = []
     class See(Callback):
@@ -63,13 +66,15 @@ def test_weight(dls, start, warmup, expected):
 
 
 def test_loss_and_epochs(dls):
-    "The loss is the labelled part plus weight · terms; epochs keep the terms' means by name, none where the weight was 0"
+    "The loss is the labelled part plus weight · terms; epochs keep the terms' means by name, none at weight 0"
     learn = fit(make(dls, Confidence(2., start=.5), watch := Watch()), 4)
     n = len(watch.total)//4
     for i, (total, labelled, own) in enumerate(zip(watch.total, watch.labelled, watch.own)):
         assert total == (labelled if i < 2*n else pytest.approx(labelled+2*sum(own), rel=1e-6))
     epochs = learn.confidence.epochs
-    assert epochs[:2] == [{}, {}] and list(epochs[3]) == ['square', 'top'] and learn.confidence.epoch_values == epochs[3]
+    assert epochs[:2] == [{}, {}]
+    assert list(epochs[3]) == ['square', 'top']
+    assert learn.confidence.epoch_values == epochs[3]
     for e in (2, 3):
         means = torch.tensor(watch.own[e*n:(e+1)*n]).mean(0)
         assert list(epochs[e].values()) == pytest.approx(means.tolist(), rel=1e-6)
@@ -113,7 +118,8 @@ def test_labelled_weight_zero_has_no_gradient_of_the_labels(dls):
     a = Confidence(2.)
     a.labelled_weight = 0.
     fit(make(dls, a, Broken(), watch := Watch()))
-    assert all(g.isfinite().all() and g.abs().max() > 0 for g in watch.grads) and all(math.isfinite(t) for t in watch.total)
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in watch.grads)
+    assert all(math.isfinite(t) for t in watch.total)
 
 
 def test_labelled_weight_waits_for_start(dls):
@@ -142,7 +148,8 @@ def test_precision(dls):
     class Look(Confidence):
         def prepare(self): seen['prepare'] = torch.is_autocast_enabled('cpu')
         def terms(self):
-            seen['terms'] = torch.is_autocast_enabled('cpu'), self.logits.dtype, (self.logits.flatten(1) @ self.logits.flatten(1).T).dtype
+            product = self.logits.flatten(1) @ self.logits.flatten(1).T
+            seen['terms'] = torch.is_autocast_enabled('cpu'), self.logits.dtype, product.dtype
             return super().terms()
     learn = sparse_learner(dls, 'segformer_mit_b0', Look(), decoder_dim=16, precision='bf16')
     class Stop(Callback):
@@ -150,6 +157,19 @@ def test_precision(dls):
         def after_loss(self): raise CancelFitException
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
     assert seen == dict(prepare=True, terms=(False, torch.float32, torch.float32))
+
+
+def test_images(dls):
+    "In [0, 1], whatever the network's normalisation"
+    seen = []
+    class Look(Confidence):
+        def terms(self): seen.append((self.x, self.images)); return super().terms()
+    fit(sparse_learner(dls, 'segformer_mit_b0', Look(), decoder_dim=16))
+    for x, images in seen:
+        assert type(images) is torch.Tensor and images.dtype == torch.float32 and images.shape == x.shape
+        # bytes they were; the rounding is some 255 eps
+        assert (images*255-(images*255).round()).abs().max() < 1e-3 and x.min() < -.5
+        assert -1e-5 < images.min() and images.max() < 1+1e-5
 
 
 def test_labels_and_tags(dls):
@@ -161,11 +181,49 @@ def test_labels_and_tags(dls):
     assert torch.equal(method.label_map, plain[0]) and torch.equal(method.tags, plain[1])
 
 
+class Backwards(Confidence):
+    def sample_order(self, dataset): return list(range(len(dataset)))[::-1]
+
+
+def test_sample_order(dls, monkeypatch):
+    "That of the method while its learner trains, interrupted or not, and the loader's own before and after"
+    seen, load = [], dls.train.dataset.load
+    monkeypatch.setattr(dls.train.dataset, 'load', lambda i: seen.append(i) or load(i))
+    learn = sparse_learner(dls, 'segformer_mit_b0', Backwards(), decoder_dim=16)
+    assert dls.train.order is None
+    fit(learn)
+    assert seen == [7, 6, 5, 4, 3, 2, 1, 0] and dls.train.order is None
+    class Stop(Callback):
+        order, run_valid = 50, False
+        def after_loss(self): raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Stop())
+    assert dls.train.order is None
+    seen.clear()
+    fit(sparse_learner(dls, 'segformer_mit_b0', Confidence(), decoder_dim=16))
+    assert sorted(seen) == list(range(8)) and seen != list(range(8))[::-1]
+
+
+def test_sample_order_is_one(dls):
+    with pytest.raises(ValueError, match='Backwards and Backwards each need an order of the samples of their own'):
+        sparse_learner(dls, 'segformer_mit_b0', [Backwards(), Backwards()], decoder_dim=16)
+    learn = sparse_learner(dls, 'segformer_mit_b0', decoder_dim=16)
+    with pytest.raises(RuntimeError, match='give it to `sparse_learner`, not to `fit`'), learn.no_bar():
+        learn.fit(1, cbs=Backwards())
+    learn = sparse_learner(dls, 'segformer_mit_b0', Backwards(), decoder_dim=16)
+    dls.train.order = mine = lambda dataset: range(8)
+    try:
+        with pytest.raises(ValueError, match='has an order of its own'), learn.no_bar(): learn.fit(1)
+        assert dls.train.order is mine
+    finally: dls.train.order = None
+
+
 def test_values(dls):
-    for kwargs in (dict(weight=-.1), dict(weight=float('nan')), dict(start=-.1), dict(start=1.5), dict(warmup=2), dict(warmup=float('nan'))):
+    for kwargs in (dict(weight=-.1), dict(weight=float('nan')), dict(start=-.1), dict(start=1.5),
+                   dict(warmup=2), dict(warmup=float('nan'))):
         (name, value), = kwargs.items()
         with pytest.raises(ValueError, match=f'{name}={value}: expected'): LossTerm(**kwargs)
-    with pytest.raises(NotImplementedError, match='Forgot has no `terms`'): fit(make(dls, type('Forgot', (LossTerm,), {})()))
+    with pytest.raises(NotImplementedError, match='Forgot has no `terms`'):
+        fit(make(dls, type('Forgot', (LossTerm,), {})()))
 
 
 def test_needs_are_checked_before_any_work(dls):
@@ -174,26 +232,32 @@ def test_needs_are_checked_before_any_work(dls):
         def check(self, learn): raise ValueError(f"needs what {type(learn.model).__name__} lacks")
         def terms(self): ran.append(1); return super().terms()
     with pytest.raises(ValueError, match='needs what Segmenter lacks'): make(dls, Needs())
-    with pytest.raises(ValueError, match='needs what Segmenter lacks'): sparse_learner(dls, 'segformer_mit_b0', Needs(), decoder_dim=16)
+    with pytest.raises(ValueError, match='needs what Segmenter lacks'):
+        sparse_learner(dls, 'segformer_mit_b0', Needs(), decoder_dim=16)
     learn = make(dls)
-    with pytest.raises(ValueError, match='needs what Segmenter lacks'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=Needs())
+    with pytest.raises(ValueError, match='needs what Segmenter lacks'), learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=Needs())
     assert not ran
 
 
 @pytest.mark.parametrize('method,message', [
     (lambda: SASFormerLoss(), "model='segformer_resnet18': Segmenter: queries and keys cannot be read"),
-    (lambda: SASFormerLoss(form=Form(blocks=(1, 5))), r"blocks=\(1, 5\): segformer_mit_b0 has blocks 1 to 4, not \[5\]")])
+    (lambda: SASFormerLoss(form=Form(blocks=(1, 5))),
+     r"blocks=\(1, 5\): segformer_mit_b0 has blocks 1 to 4, not \[5\]")])
 def test_attention_is_checked(dls, method, message):
-    with pytest.raises(ValueError, match=message): make(dls, method(), name='segformer_resnet18' if 'resnet' in message else 'segformer_mit_b0')
+    with pytest.raises(ValueError, match=message):
+        make(dls, method(), name='segformer_resnet18' if 'resnet' in message else 'segformer_mit_b0')
 
 
 def test_mask_transformer_is_one_more_block(dls):
     kwargs = dict(name='segmenter_vit_tiny_patch16_224', decoder_dim=64)
     make(dls, SASFormerLoss(form=Form(blocks=(5,))), **kwargs)
-    with pytest.raises(ValueError, match=r'has blocks 1 to 5, not \[6\]'): make(dls, SASFormerLoss(form=Form(blocks=(6,))), **kwargs)
+    with pytest.raises(ValueError, match=r'has blocks 1 to 5, not \[6\]'):
+        make(dls, SASFormerLoss(form=Form(blocks=(6,))), **kwargs)
 
 
-@pytest.mark.parametrize('method', [lambda: SASFormerLoss(), lambda: TreeEnergyLoss(channels=8)], ids=['sasformer', 'tel'])
+@pytest.mark.parametrize('method', [lambda: SASFormerLoss(), lambda: TreeEnergyLoss(channels=8)],
+                         ids=['sasformer', 'tel'])
 @pytest.mark.parametrize('error', [CancelFitException, CancelTrainException, KeyboardInterrupt])
 def test_nothing_stays_on_the_model(dls, method, error):
     class Stop(Callback):
@@ -218,7 +282,9 @@ def test_layers_of_its_own_get_a_gradient_before_start(dls):
     grads = []
     class Look(Callback):
         run_valid = False
-        def before_step(self): grads.append([p.grad if p.grad is None else p.grad.abs().max().item() for p in self.model.auxiliary['tree'].parameters()])
+        def before_step(self):
+            of = self.model.auxiliary['tree'].parameters()
+            grads.append([p.grad if p.grad is None else p.grad.abs().max().item() for p in of])
     learn = make(dls, TreeEnergyLoss(channels=8, start=.5), Look())
     fit(learn, 2)
     n = len(grads)//2
@@ -231,7 +297,8 @@ def test_curves(dls):
     from matplotlib import pyplot as plt
     from sasformer.train import plot_curves
     learn = fit(make(dls, Confidence(), Other(start=1), SASFormerLoss(form=Form(blocks=(1, 3)), start=.5)), 2)
-    rows = [dict(epoch=i+1, train_loss=1., miou=.5, lr=.1, **learn.confidence.epochs[i], **learn.sasformer_loss.epochs[i]) for i in range(2)]
+    added = [{**a, **b} for a, b in zip(learn.confidence.epochs, learn.sasformer_loss.epochs)]
+    rows = [dict(epoch=i+1, train_loss=1., miou=.5, lr=.1, **added[i]) for i in range(2)]
     fig = plot_curves(rows)
     lines = {l.get_label(): list(l.get_xdata()) for ax in fig.axes for l in ax.lines}
     plt.close(fig)
@@ -264,6 +331,7 @@ dist.barrier(); dist.destroy_process_group()
 
 def test_two_processes(tmp_path):
     "Epochs hold the mean over the processes, and layers that wait for `start` do not stop the training"
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
+           'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     runs = [subprocess.Popen([sys.executable, '-c', PROGRAM, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
     assert [r.wait(300) for r in runs] == [0, 0]

@@ -53,7 +53,9 @@ def test_trees():
             assert (t.parent[:, 1:] < torch.arange(1, N)).all()   # so every pixel leads to the root
             p, q = t.order[:, 1:], parents(t).gather(1, t.order[:, 1:])
             low, high, e = torch.minimum(p, q), torch.maximum(p, q), t.edge[:, 1:]
-            assert (e % N == low).all() and (high-low == torch.where(e < N, 1, W)).all() and ((e >= N) | (low % W < W-1)).all()
+            assert (e % N == low).all()
+            assert (high-low == torch.where(e < N, 1, W)).all()
+            assert ((e >= N) | (low % W < W-1)).all()
         if N == 1: continue
         for i in range(2):
             u, v, w = edges(d[i].numpy())
@@ -90,7 +92,8 @@ def test_filter_equals_path_products(backend):
 @pytest.mark.parametrize('size', [(4, 5), (1, 6), (6, 1), (1, 1)], ids=str)
 def test_gradients(size, layout):
     torch.manual_seed(0)
-    f, x = (torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_() for _ in range(2))
+    draw = lambda: torch.randn(2, 3, *size, dtype=torch.float64)
+    f, x = (draw().contiguous(memory_format=layout).requires_grad_() for _ in range(2))
     t = minimum_spanning_tree(f)
     for b in BACKENDS:
         w = edge_affinity(f, t, 1., b).detach().requires_grad_()
@@ -101,7 +104,8 @@ def test_gradients(size, layout):
 @layouts
 def test_backends_agree(layout):
     torch.manual_seed(0)
-    P, low, high = torch.randn(3, 5, 20, 33).softmax(1).requires_grad_(), torch.rand(3, 3, 20, 33), torch.randn(3, 8, 20, 33).contiguous(memory_format=layout).requires_grad_()
+    P, low = torch.randn(3, 5, 20, 33).softmax(1).requires_grad_(), torch.rand(3, 3, 20, 33)
+    high = torch.randn(3, 8, 20, 33).contiguous(memory_format=layout).requires_grad_()
     counted = torch.rand(3, 20, 33) > .3
     losses = [tree_energy(P, low, high, counted, .3, b) for b in BACKENDS]
     torch.testing.assert_close(*losses)
@@ -126,7 +130,8 @@ def test_threads():
 
 
 def test_low_precision_and_no_gradient_to_low():
-    P, low, high = torch.rand(1, 3, 6, 6), torch.rand(1, 3, 6, 6, requires_grad=True), torch.rand(1, 4, 6, 6, requires_grad=True)
+    P = torch.rand(1, 3, 6, 6)
+    low, high = torch.rand(1, 3, 6, 6, requires_grad=True), torch.rand(1, 4, 6, 6, requires_grad=True)
     y = soft_labels(P.bfloat16(), low, high.bfloat16())
     assert y.dtype == torch.float32
     g = torch.autograd.grad(y.square().sum(), (low, high), allow_unused=True)
@@ -138,13 +143,18 @@ def test_bad_input(backend):
     f = torch.rand(3, 2, 4, 5)
     for value in (np.nan, np.inf):
         f[1, 0, 2, 2] = value
-        with pytest.raises(ValueError, match='features of image 1 of the batch hold NaN'): minimum_spanning_tree(f, backend)
-        with pytest.raises(ValueError, match='no tree can be built'): tree_energy(torch.rand(3, 2, 4, 5), torch.rand(3, 3, 4, 5), f, backend=backend)
-    with pytest.raises(ValueError, match='images of equal size, .* got list'): minimum_spanning_tree([torch.rand(3, 4, 4), torch.rand(3, 5, 4)], backend)
+        with pytest.raises(ValueError, match='features of image 1 of the batch hold NaN'):
+            minimum_spanning_tree(f, backend)
+        with pytest.raises(ValueError, match='no tree can be built'):
+            tree_energy(torch.rand(3, 2, 4, 5), torch.rand(3, 3, 4, 5), f, backend=backend)
+    with pytest.raises(ValueError, match='images of equal size, .* got list'):
+        minimum_spanning_tree([torch.rand(3, 4, 4), torch.rand(3, 5, 4)], backend)
     with pytest.raises(ValueError, match='got \\(3, 4, 4\\)'): minimum_spanning_tree(torch.rand(3, 4, 4), backend)
     t = minimum_spanning_tree(torch.rand(1, 3, 4, 4), backend)
-    with pytest.raises(ValueError, match='2 maps of \\(4, 4\\)'): tree_filter(torch.rand(2, 1, 4, 4), t, torch.rand(2, 16), backend)
-    with pytest.raises(ValueError, match='1 maps of \\(4, 5\\)'): edge_affinity(torch.rand(1, 3, 4, 5), t, backend=backend)
+    with pytest.raises(ValueError, match='2 maps of \\(4, 4\\)'):
+        tree_filter(torch.rand(2, 1, 4, 4), t, torch.rand(2, 16), backend)
+    with pytest.raises(ValueError, match='1 maps of \\(4, 5\\)'):
+        edge_affinity(torch.rand(1, 3, 4, 5), t, backend=backend)
     with pytest.raises(ValueError, match='1 maps of \\(4, 5\\)'): affinity_to_parent(torch.rand(1, 2, 4, 5), t)
 
 
@@ -153,7 +163,8 @@ def test_bad_input(backend):
 def test_weights_of_another_size(backend, shape):
     "The compiled loops would read beyond the end of the weights, and torch would repeat them"
     t = minimum_spanning_tree(torch.rand(1, 3, 4, 4), backend)
-    with pytest.raises(ValueError, match='expected \\(1, 16\\), one for each pixel of each tree'): tree_filter(torch.rand(1, 2, 4, 4), t, torch.ones(shape), backend)
+    with pytest.raises(ValueError, match='expected \\(1, 16\\), one for each pixel of each tree'):
+        tree_filter(torch.rand(1, 2, 4, 4), t, torch.ones(shape), backend)
 
 
 def test_cache_needs_no_folder(monkeypatch):
@@ -181,8 +192,12 @@ class Edit(Callback):
     def before_batch(self):
         if self.edit is not None: self.learn.yb = (self.edit(self.yb[0].clone()), *self.yb[1:])
     def after_loss(self):
-        if self.training: self.total.append(self.loss.item()); self.entropy.append(partial_cross_entropy(self.pred, self.yb[0]).item())
-    def before_step(self): self.grads.append([None if p.grad is None else p.grad.clone() for p in self.model.auxiliary.parameters()] if hasattr(self.model, 'auxiliary') else [])
+        if not self.training: return
+        self.total.append(self.loss.item())
+        self.entropy.append(partial_cross_entropy(self.pred, self.yb[0]).item())
+    def before_step(self):
+        parameters = self.model.auxiliary.parameters() if hasattr(self.model, 'auxiliary') else []
+        self.grads.append([None if p.grad is None else p.grad.clone() for p in parameters])
 
 
 def make(source, *cbs, name='segformer_mit_b0', **kwargs):
@@ -224,7 +239,8 @@ def test_what_counts(source):
         def after_loss(self):
             if not self.training: return
             P = self.pred.softmax(1)
-            image = self.x*torch.tensor([.229, .224, .225]).view(1, 3, 1, 1) + torch.tensor([.485, .456, .406]).view(1, 3, 1, 1)
+            mean, deviation = (torch.tensor(v).view(1, 3, 1, 1) for v in ([.485, .456, .406], [.229, .224, .225]))
+            image = self.x*deviation + mean
             Y = soft_labels(P, F.interpolate(image, P.shape[2:], mode='bilinear'))
             on = F.interpolate(self.yb[0][:, None].float(), P.shape[2:])[:, 0] == UNLABELLED
             self.learn.expected = ((P-Y).abs().sum(1)*on).sum().item()/on.sum().item()
@@ -241,7 +257,9 @@ def test_sparse_learner(source, tmp_path):
     "In the optimiser and in the state of a run, not in the saved segmenter; under bfloat16; a run goes on"
     from sasformer.learner import RunFolder, load_segmenter
     dls = sparse_dataloaders(source, 'scribble', size=64, bs=4, device='cpu')
-    def learner(): return sparse_learner(dls, 'segformer_mit_b0', TreeEnergyLoss(channels=8), decoder_dim=32, precision='bf16', cbs=RunFolder(tmp_path, resume=True), lr=1e-2)
+    def learner():
+        return sparse_learner(dls, 'segformer_mit_b0', TreeEnergyLoss(channels=8), decoder_dim=32, precision='bf16',
+                              cbs=RunFolder(tmp_path, resume=True), lr=1e-2)
     learn = learner()
     before = learn.model.auxiliary['tree'].conv.weight.detach().clone()
     learn.fit_poly(epochs=1)
@@ -253,7 +271,8 @@ def test_sparse_learner(source, tmp_path):
 
 def test_any_segmenter(source):
     "Scores at other strides, other classifiers, input that is padded to whole patches"
-    for name, kwargs in (('setr_vit_tiny_patch16_224', {}), ('segmenter_vit_tiny_patch16_224', dict(decoder_dim=64)), ('linear_vit_tiny_patch16_224', dict(decoder_dim=None, dropout=None))):
+    for name, kwargs in (('setr_vit_tiny_patch16_224', {}), ('segmenter_vit_tiny_patch16_224', dict(decoder_dim=64)),
+                         ('linear_vit_tiny_patch16_224', dict(decoder_dim=None, dropout=None))):
         dls = sparse_dataloaders(source, 'scribble', size=(56, 64), bs=4, device='cpu')
         learn = make(source, TreeEnergyLoss(channels=8), watch := Edit(), name=name, **kwargs)
         learn.dls = dls
@@ -265,12 +284,15 @@ def test_needs(source):
     with pytest.raises(ValueError, match="expected 'low', 'high' or both"): TreeEnergyLoss(trees=('low', 'middle'))
     with pytest.raises(ValueError, match='sigma=0'): TreeEnergyLoss(sigma=0)
     learn = make(source)
-    with pytest.raises(RuntimeError, match='when the learner is made'), learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=TreeEnergyLoss())
-    with pytest.raises(ValueError, match='no decoder.classify'): Learner(learn.dls, nn.Conv2d(3, 5, 1), partial_cross_entropy, cbs=TreeEnergyLoss())
+    with pytest.raises(RuntimeError, match='when the learner is made'), learn.no_bar(), learn.no_logging():
+        learn.fit(1, cbs=TreeEnergyLoss())
+    with pytest.raises(ValueError, match='no decoder.classify'):
+        Learner(learn.dls, nn.Conv2d(3, 5, 1), partial_cross_entropy, cbs=TreeEnergyLoss())
     class Mixed(Callback):
         order = 5
         def before_batch(self): self.learn.xb = ([x for x in self.x],)
-    with pytest.raises(ValueError, match='a batch of images of one size'): fit(make(source, TreeEnergyLoss(channels=8), Mixed()))
+    with pytest.raises(ValueError, match='a batch of images of one size'):
+        fit(make(source, TreeEnergyLoss(channels=8), Mixed()))
 
 
 def test_interrupted(source):
@@ -280,7 +302,8 @@ def test_interrupted(source):
     dls = sparse_dataloaders(source, 'scribble', size=64, bs=4, device='cpu')
     learn = sparse_learner(dls, 'segformer_mit_b0', TreeEnergyLoss(channels=8), decoder_dim=32, cbs=Stop())
     with pytest.raises(KeyboardInterrupt): learn.fit_poly(epochs=1)
-    assert sum(len(m._forward_pre_hooks) for m in learn.model.modules()) == 0 and learn.tree_energy_loss._features is None
+    assert sum(len(m._forward_pre_hooks) for m in learn.model.modules()) == 0
+    assert learn.tree_energy_loss._features is None
 
 
 def test_ltf_opens_in_a_fresh_process(tmp_path):
