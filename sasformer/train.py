@@ -117,13 +117,14 @@ class ShowRuns:
         if now-self.said < (1. if self.live else self.every): return
         self.said = now
         done = {name: run_progress(log) for name, log in logs.items()}
-        for name, d in done.items(): self.first.setdefault(name, (now, d))
+        for name, d in done.items():
+            if d > 0: self.first.setdefault(name, (now, d))   # before that it loads, which says nothing of its pace
         bar = lambda d: '█'*int(10*d)+'░'*(10-int(10*d))
         if self.live: text = '  '.join(f"{name} {bar(d)} {100*d:.0f} %" for name, d in done.items())
         else: text = ', '.join(f'{name} {100*d:.0f} %' for name, d in done.items())
         begun = {n: v for n, v in self.first.items() if n in done}
         left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n, (t, d) in begun.items()]
-        if left and None not in left: text += f'; about {clock(max(left))} left'
+        if len(left) == len(done) and None not in left: text += f'; about {clock(max(left))} left'
         elif not any(done.values()): text += f'; starting, {now-self.began:.0f} s'
         print(f'\r{text:<78}' if self.live else text, end='' if self.live else '\n', flush=True)
 

@@ -53,6 +53,37 @@ def test_readme_is_made_from_its_notebook():
     from render_readme import render
     assert (ROOT/'README.md').read_text() == render(), 'run make readme'
 
+def test_pictures_of_the_readme_are_here():
+    "And small: they are a part of every clone"
+    pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)', (ROOT/'README.md').read_text())
+    assert pictures, 'the first screen shows a picture'
+    sizes = {p: (ROOT/p).stat().st_size if (ROOT/p).is_file() else None for p in pictures}
+    assert all(n and n < 150_000 for n in sizes.values()), sizes
+
+def test_pages_open_with_a_picture():
+    "What is read first, and each method's notebook, shows what it does within five cells"
+    def has_picture(cell): return any('image/png' in o.get('data', {}) for o in cell.get('outputs', ()))
+    for name in ('quickstart', '07_treefilter', '20_sasformer', '21_tel'):
+        assert any(map(has_picture, json.loads((ROOT/f'nbs/{name}.ipynb').read_text())['cells'][:5])), name
+
+def test_quickstart_runs_on_any_folder():
+    "From 'Look at it' on, the page uses nothing of the example but the names that it tells readers to set"
+    cells = json.loads((ROOT/'nbs/quickstart.ipynb').read_text())['cells']
+    sources = [''.join(c['source']) for c in cells]
+    start = next(i for i, s in enumerate(sources) if s.startswith('## Look at it'))
+    def names(cells, kind):
+        shown = [''.join(c['source']) for c in cells
+                 if c['cell_type'] == 'code' and not c['source'][0].startswith('#| hide')]
+        nodes = list(ast.walk(ast.parse('\n'.join(shown))))
+        made = {n.arg for n in nodes if isinstance(n, ast.arg)} if kind is ast.Store else set()
+        return made | {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, kind)}
+    page = re.search(r'```python\n(.*?)```', sources[0], re.S)[1]
+    told = {n.id for n in ast.walk(ast.parse(page)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    example = names(cells[:start], ast.Store)
+    assert told <= example, 'the example sets what a reader is told to set'
+    left = (names(cells[start:], ast.Load)-names(cells[start:], ast.Store)) & example
+    assert left <= told, f'the page goes on with {left-told} of its example'
+
 # Every call that removes something: notebook or script, the call, and why what it removes is its own
 REMOVALS = [
     ('annotations', 'unfinished.unlink(missing_ok=True)', "the temporary file that this function has just written"),
