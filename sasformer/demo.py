@@ -8,7 +8,7 @@ __all__ = ['compare_sheet', 'demo', 'draw_demo', 'main']
 # %% ../nbs/64_demo.ipynb #9c49944e
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path
-from .annotations import replacing
+from .annotations import replacing, write_json
 from .recipes import recipe
 from .train import ShowRuns
 
@@ -48,11 +48,11 @@ def demo(
     seed:int=0,         # Of both runs
 ):
     "Train baseline and SASFormer on the scenes, draw a sheet, print both mIoUs"
-    out, methods = Path(out), ('baseline', 'sasformer')
+    out, methods, began = Path(out), ('baseline', 'sasformer'), time.time()
     if done := [m for m in methods if (out/m/'state.pt').exists()]:
         sys.exit(f"{out/done[0]} holds an earlier run: remove it, or name another folder")
     print("baseline and SASFormer on the built-in scenes, side by side; loading PyTorch", flush=True)
-    from sasformer.machine import this_machine
+    from sasformer.machine import environment, this_machine
     print(machine := this_machine(), flush=True)
     processes, show = _start_runs(out, methods, seed, epochs, machine), ShowRuns()
     logs = {m: out/m/'output.txt' for m in methods}
@@ -67,8 +67,11 @@ def demo(
         if p.wait(): sys.exit(f"{m} failed:\n"+logs[m].read_text(encoding='utf-8'))
     print("drawing the picture", flush=True)
     draw_demo(out, methods)
-    for m in methods:
-        r = json.loads((out/m/'result.json').read_text())
+    results = {m: json.loads((out/m/'result.json').read_text()) for m in methods}
+    settings = dict(epochs=epochs, seed=seed, device=str(machine.device), precision=machine.precision)
+    miou = {m: r['miou'] for m, r in results.items()}
+    write_json(out/'demo.json', dict(settings=settings, seconds=time.time()-began, miou=miou, environment=environment()))
+    for m, r in results.items():
         settings = r['settings']
         print(f"{m:10} mIoU {100*r['miou']:.2f} on {settings['data']} from {settings['annotation']} labels, "
               f"{r['seconds']:.0f} s, {r['precision']}")
