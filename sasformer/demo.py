@@ -69,8 +69,8 @@ def demo(
     draw_demo(out, methods)
     results = {m: json.loads((out/m/'result.json').read_text()) for m in methods}
     settings = dict(epochs=epochs, seed=seed, device=str(machine.device), precision=machine.precision)
-    miou = {m: r['miou'] for m, r in results.items()}
-    write_json(out/'demo.json', dict(settings=settings, seconds=time.time()-began, miou=miou, environment=environment()))
+    summary = dict(settings=settings, seconds=time.time()-began, miou={m: r['miou'] for m, r in results.items()})
+    write_json(out/'demo.json', dict(**summary, environment=environment()))
     for m, r in results.items():
         settings = r['settings']
         print(f"{m:10} mIoU {100*r['miou']:.2f} on {settings['data']} from {settings['annotation']} labels, "

@@ -23,7 +23,7 @@ class Recipe:
     "Every choice of a training run"
     data:str = 'scenes'              # Data set: scenes, camvid, voc2012, cityscapes, ade20k, coco2014 or folder
     path:str|None = None             # Folder of the data set; scenes need none
-    # Training labels: dense, point, scribble, block10, block20, block50; options as in 'scribble:length=0.5,drop=0.2'
+    # Training labels: dense, point, scribble, tag, block10, block20, block50; as in 'scribble:length=0.5,drop=0.2'
     annotation:str = 'scribble'
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
     decoder_dim:int|None = None      # Channels inside the decoder; None: the decoder's own
