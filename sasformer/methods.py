@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'Method', 'register_method', 'among', 'positive', 'not_negative', 'fraction', 'kind_of', 'convert', 'parse_options', 'parse_method', 'method_text', 'method_help', 'flat_settings', 'DISTANCES', 'PAPER', 'RELEASED', 'DEFAULT', 'FORMS', 'Form', 'SASFormer', 'TEL']
 
 # %% ../nbs/09_methods.ipynb #10be736f
-import dataclasses, types, typing
+import dataclasses, linecache, re, types, typing
 from dataclasses import dataclass
 from fastcore.docments import docments
 
@@ -155,12 +155,20 @@ def method_text(
         return m.name+(':' if changed else '')+','.join(changed)
     return '+'.join(map(one, methods.values())) or 'baseline'
 
+def _comments(cls):
+    "Comment of each option"
+    names, notes = [f.name for f in dataclasses.fields(cls)], docments(cls)
+    if any(notes[name] for name in names): return notes
+    # before Python 3.13 `inspect` finds the source of no class that is made in a notebook, but that of its methods
+    lines = linecache.getlines(cls.callbacks.__code__.co_filename)
+    found = {m[1]: m[2].strip() for l in lines if (m := re.match(r' +(\w+)\s*:.*?#(.*)', l))}
+    return {name: found.get(name, '(no comment)') for name in names}
+
 def method_help()->str:
     "Every method with its options, for `--help`"
     lines = []
     for name, cls in METHODS.items():
-        # in a notebook Python before 3.13 finds no comments
-        notes = {k: v or '(no comment)' for k, v in docments(cls).items()}
+        notes = _comments(cls)
         lines += [f'{name}: {cls.__doc__}',
                   *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
