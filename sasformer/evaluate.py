@@ -162,10 +162,10 @@ def main(args=None):
     except (ValueError, OSError) as e: p.error(e)
     try:
         n, machine, first = start_processes(o.device), this_machine(o.device, o.precision), is_first()
-        if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         from sasformer.inference import evaluate
         model = open_model(o.model, machine.device)
         same_classes(model, src)
+        if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
         cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window,
