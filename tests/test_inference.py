@@ -201,12 +201,13 @@ dist.barrier(); dist.destroy_process_group()   # left to the end of the process,
 
 
 def test_bfloat16_takes_the_quick_attention(monkeypatch):
-    "In every layer of a prediction in bfloat16 on a CPU; not in float32"
+    "In every layer of a prediction in bfloat16 on a CPU that multiplies it; not in float32, nor on another CPU"
     from sasformer import quick
     calls, plain = [], quick.chunked_attention
     monkeypatch.setattr(quick, 'chunked_attention', lambda *a, **k: calls.append(1) or plain(*a, **k))
     model, x = create_segmenter('segformer_mit_b0', 3), torch.randn(1, 3, 64, 64)
-    predict_logits(model, x)
-    assert not calls
-    predict_logits(model, x, dtype=torch.bfloat16)
-    assert len(calls) == 8
+    for can, dtype, expected in ((True, None, 0), (False, torch.bfloat16, 0), (True, torch.bfloat16, 8)):
+        monkeypatch.setattr(quick, 'cpu_multiplies_bf16', lambda can=can: can)
+        calls.clear()
+        predict_logits(model, x, dtype=dtype)
+        assert len(calls) == expected
