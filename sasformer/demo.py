@@ -44,7 +44,7 @@ def _start_runs(out, methods, seed, epochs, machine):
 
 def demo(
     out:str='demo',     # Folder of the runs and the picture
-    epochs:int=30,      # Of both
+    epochs:int=None,    # None: the recipe's
     seed:int=0,         # Of both runs
 ):
     "Train baseline and SASFormer on the scenes, draw a sheet, print both mIoUs"
@@ -93,7 +93,7 @@ def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.demo',
                                 description="Baseline and SASFormer on the built-in scenes.")
     p.add_argument('--out', default='demo', help="Folder of the runs and the picture (default: demo)")
-    p.add_argument('--epochs', type=int, default=30, help="Epochs of both (default: 30)")
+    p.add_argument('--epochs', type=int, default=None, help="Epochs of both (default: the recipe's)")
     p.add_argument('--seed', type=int, default=0, help="Seed of both (default: 0)")
     demo(**vars(p.parse_args(args)))
 
