@@ -25,8 +25,6 @@ def cpu_multiplies_bf16()->bool:
     allowed = limit in _isa_with_bf16 and 'AVX512' in torch.backends.cpu.get_cpu_capability()
     return allowed and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
-cpu_multiplies_bf16()
-
 # %% ../nbs/01_machine.ipynb #ea667f38
 def choose_device(
     device=None,      # 'cpu', 'cuda', 'cuda:1', 'mps' …; None: the best there is

@@ -10,9 +10,9 @@ import dataclasses, functools, numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from fastcore.all import *
-from fastai.vision.all import num_distrib
 from .annotations import UNLABELLED, PADDING
 from .attention import AttentionTap, QK
+from .machine import n_processes
 from .data import global_sum
 from .quick import propagate_kept
 from .terms import LossTerm
@@ -186,7 +186,7 @@ def affinity_loss(
         scores = logits if form.scores == 'logits' else logits.softmax(1)
         resized = functools.cache(partial(_resized, scores))   # blocks share sizes
         sums = [_block_sum(blocks[b], resized, target, form, propagation) for b in chosen]
-        processes = max(1, num_distrib())   # the terms are the mean over all of them, once they are averaged
+        processes = n_processes()   # the terms are the mean over all of them, once they are averaged
         return {b: t*processes/global_sum(n).clamp_min(1) for b, (t, n) in zip(chosen, sums)}
 
 def combine(terms:dict, over_blocks:str='mean')->Tensor:

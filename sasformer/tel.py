@@ -10,9 +10,9 @@ import torch, torch.nn.functional as F
 from collections import OrderedDict
 from torch import nn, Tensor
 from fastcore.all import *
-from fastai.vision.all import num_distrib
 from .annotations import UNLABELLED
 from .methods import Method, not_negative, positive, register_method
+from .machine import n_processes
 from .data import global_sum
 from .terms import LossTerm
 from .treefilter import affinity_to_parent, grid_distances, tree_filter, tree_of
@@ -46,7 +46,7 @@ def tree_energy(
     distance = (probs-soft_labels(probs, low, high, sigma, backend)).abs().sum(1)
     if counted is None: counted = torch.ones_like(distance, dtype=torch.bool)
     n = global_sum(counted.sum()).clamp_min(1)
-    return (distance*counted).sum()*max(1, num_distrib())/n   # the mean over all processes, once they are averaged
+    return (distance*counted).sum()*n_processes()/n   # the mean over all processes, once they are averaged
 
 # %% ../nbs/21_tel.ipynb #13d1d560
 def tree_embedding(

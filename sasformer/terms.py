@@ -9,7 +9,8 @@ __all__ = ['LossTerm']
 import math, torch
 from torch import Tensor
 from fastcore.all import *
-from fastai.vision.all import Callback, num_distrib
+from fastai.vision.all import Callback
+from .machine import n_processes
 from .data import denormalise, global_sum, statistics_of
 
 # %% ../nbs/19_terms.ipynb #8d9696a7
@@ -128,7 +129,7 @@ def before_train(self:LossTerm): self._sums, self._steps = {}, 0
 
 @patch
 def after_train(self:LossTerm):
-    mean = lambda v: (global_sum(v/self._steps)/max(1, num_distrib())).item()
+    mean = lambda v: (global_sum(v/self._steps)/n_processes()).item()
     self.epochs.append({k: mean(v) for k, v in self._sums.items()})
     self.leave()
 
