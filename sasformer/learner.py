@@ -366,11 +366,12 @@ def save_segmenter(
     classes:list=None,   # Class names
     palette=None,        # (C, 3) colours
 ):
-    "Weights and what rebuilds their model, each file replaced in one step; auxiliary heads are left out"
+    "Weights and what rebuilds their model, each file replaced in one step; of auxiliary heads those that say `saved`"
     folder = Path(folder)
+    heads = tuple(f'auxiliary.{k}.' for k, v in model.auxiliary.items() if getattr(v, 'saved', False))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
                                          mean=model.mean, std=model.std))
@@ -393,7 +394,7 @@ def load_segmenter(
         model = create_segmenter(**meta['config'])
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{config}: not the description of a model: {e!r}") from e
-    try: model.load_state_dict(load_file(path))
+    try: model.load_state_dict({k: v for k, v in load_file(path).items() if not k.startswith('auxiliary.')})
     except Exception as e: raise ValueError(f"{path}: not the weights of {meta['config']['name']}: {e}") from e
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
