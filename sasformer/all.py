@@ -19,6 +19,7 @@ from .mit import *
 from .segmenters import *
 from .attention import *
 from .quick import *
+from .refine import *
 from .terms import *
 from .sasformer import *
 from .tel import *
