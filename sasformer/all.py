@@ -23,6 +23,8 @@ from .refine import *
 from .terms import *
 from .sasformer import *
 from .tel import *
+from .cam import *
+from .afa import *
 from .metrics import *
 from .learner import *
 from .inference import *

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast',
-           'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed',
-           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'UseSampleOrder', 'sparse_learner',
-           'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
+           'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'ValidateAtScale',
+           'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner',
+           'UseSampleOrder', 'sparse_learner', 'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings',
+           'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import csv, inspect, io, json, math, re, sys, time
@@ -164,6 +165,17 @@ class EpochLines(Callback):
     def after_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
+# %% ../nbs/31_learner.ipynb #valscale1
+class ValidateAtScale(Callback):
+    "Validation images are looked at at `scale` times their size, at least 32 pixels"
+    order = ValidateEvery.order
+    def __init__(self, scale:float): self.scale = scale
+    def before_batch(self):
+        if self.training: return
+        x = self.xb[0]
+        size = [max(32, round(n*self.scale)) for n in x.shape[-2:]]
+        self.learn.xb = F.interpolate(x, size, mode='bilinear', align_corners=False), *self.xb[1:]
+
 # %% ../nbs/31_learner.ipynb #cc1bac62
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
@@ -286,13 +298,14 @@ def _sample_order(methods):
         raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
     return needing[0].sample_order if needing else None
 
-def _callbacks(seed, channels_last, precision, validate_every, order):
+def _callbacks(seed, channels_last, precision, validate_every, val_scale, order):
     "What a learner needs beside its method"
     callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(MixedPrecision())
     if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if val_scale != 1: callbacks.append(ValidateAtScale(val_scale))
     if n_processes() > 1: callbacks.append(Distributed())
     if order is not None: callbacks.append(UseSampleOrder(order))
     return callbacks
@@ -327,6 +340,7 @@ def sparse_learner(
     channels_last:bool=True,   # Memory format of convolutions; faster nearly everywhere
     seed:int=0,                # Seed of weights, order, augmentation and dropout
     validate_every:int=1,      # Epochs between validations
+    val_scale:float=1.,        # Factor of their size at which validation looks at its images
     cbs=None,                  # Further callbacks
     **kwargs                   # Passed to `create_segmenter` where `model` is a name
 )->SparseLearner:
@@ -343,7 +357,7 @@ def sparse_learner(
     if dls.device is not None: model.to(dls.device)
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
-    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order)
+    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
@@ -371,7 +385,8 @@ def save_segmenter(
     heads = tuple(f'auxiliary.{k}.' for k, v in model.auxiliary.items() if getattr(v, 'saved', False))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()
+                   if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
                                          mean=model.mean, std=model.std))

@@ -56,6 +56,7 @@ class Recipe:
     precision:str = 'auto'
     channels_last:bool = True        # Memory format of convolutions
     validate_every:int = 1           # Epochs between validations
+    val_scale:float = 1.             # Factor of their size at which validation looks at its images
     # Seed of weights, order, augmentation and dropout; simulated labels have their own: 'scribble:seed=1'
     seed:int = 0
     num_workers:int = 0              # Worker processes of each data loader
@@ -74,8 +75,8 @@ def check(self:Recipe):
     parse_annotation(self.annotation.removeprefix('sim_'))
     if (self.epochs is None) == (self.iterations is None):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr',
-             'power')
+    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'val_scale',
+             'lr', 'head_lr', 'power')
     not_negative(self, 'wd', 'num_workers', 'cache_mb')
     fraction(self, 'warmup', 'drop_path', 'dropout')
     if not 0 < self.scale_min <= self.scale_max < math.inf:
@@ -140,7 +141,8 @@ def learner(self:Recipe,
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if folder is not None:
         cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
-    same = 'lr', 'head_lr', 'opt', 'wd', 'no_decay', 'channels_last', 'seed', 'validate_every', 'decoder_dim', 'dropout'
+    same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'channels_last', 'seed', 'validate_every', 'val_scale',
+            'decoder_dim', 'dropout')
     same = {k: getattr(self, k) for k in same}
     learn = sparse_learner(dls, self.model, self.method, precision=machine.precision, cbs=cbs, **same, **backbone)
     learn.recipe = self
@@ -163,6 +165,8 @@ _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4',
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., validate_every=10, num_workers=4)
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
+_afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
+            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
@@ -175,7 +179,15 @@ RECIPES = dict(
     tel_voc2012_point=dict(_tel, annotation='point'),
     tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
                         size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4),
-    tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150))
+    tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150),
+    afa_voc2012=dict(_afa, data='voc2012', bs=4, iterations=20_000, warmup=.075),
+    afa_coco2014=dict(_afa, data='coco2014', bs=8, iterations=80_000, warmup=.01875,
+                      options='afa:labels_from=0.0625,propagated_from=0.1875,affinity_label=same,par_iterations=15'),
+    afa_voc_subset=dict(_afa, data='voc2012', model='segformer_vit_small_patch14_dinov2', weights=None,
+                        last_stride=None, size=112, bs=4, epochs=2, scale_min=.22, scale_max=.45, val_scale=.3,
+                        validate_every=2, warmup=.075, num_workers=0, dropout=.1),
+    afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
+                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
 
 def recipe(
     name:str,   # One of `RECIPES`
