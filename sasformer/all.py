@@ -23,6 +23,7 @@ from .refine import *
 from .terms import *
 from .sasformer import *
 from .tel import *
+from .crf import *
 from .metrics import *
 from .learner import *
 from .inference import *

@@ -72,7 +72,7 @@ def bench_parser():
                               ('tree_size', 128, "Side of the maps that are filtered"),
                               ('tree_batch', 8, "Images whose maps are filtered")):
         c.add_argument(f'--{name}', type=int, default=value, help=what)
-    c = command('par', steps=5, size=160, batch=8)
+    c = command('par', steps=3, size=160, batch=8)
     c.add_argument('--iterations', type=int, default=10, help="Rounds of the refinement")
     return p
 

@@ -1,11 +1,16 @@
-"Refinement by colour against loops over pixels; the dense CRF against a literal mean field, and in the programs"
+"Refinement by colour against loops; the dense CRF against a literal mean field, in the programs, and as a loss"
 import json
+from types import SimpleNamespace
 import numpy as np, pytest, torch, torch.nn.functional as F
 from sasformer import evaluate, measure, predict
+from sasformer.annotations import PADDING, UNLABELLED
 from sasformer.bench import main as bench
+from sasformer.crf import CRFLoss, dense_energy, energy_gate
+from sasformer.data import normalise, sparse_dataloaders
 from sasformer.datasets import scenes
 from sasformer.inference import multi_scale_logits
-from sasformer.learner import save_segmenter
+from sasformer.learner import save_segmenter, sparse_learner
+from sasformer.methods import parse_method
 from sasformer.refine import (GaussianFilter, bilateral_features, dense_crf, pixel_adaptive_refinement,
                               unfolded_refinement)
 from sasformer.segmenters import create_segmenter
@@ -235,3 +240,92 @@ def test_crf_in_the_programs(tmp_path, monkeypatch):
     x = torch.randn(1, 3, 64, 64)
     p = multi_scale_logits(model, x, [1.], False).exp()
     assert not torch.allclose(multi_scale_logits(model, x, [1.], False, crf=True).exp(), p, atol=.01)
+
+
+def all_pairs(S, image, gate, xy, rgb):
+    "The energy with every pair's weight in a matrix, float64"
+    total = 0
+    for s, im, g in zip(S, image, gate):
+        f = torch.tensor(features(im.double(), xy, rgb))
+        W = torch.exp(-.5*(f[:, None]-f[None]).square().sum(-1))
+        s = s.flatten(1)
+        total = total-(s*g.flatten()*(s @ W.T)).sum()
+    return total/len(S)
+
+
+@pytest.fixture
+def energy_inputs():
+    g = torch.Generator().manual_seed(0)
+    rand = lambda *s: torch.rand(*s, generator=g, dtype=torch.float64)
+    S = rand(2, 3, 6, 7).softmax(1)
+    S[1, :, 4:] = 0   # padding
+    return S.requires_grad_(), rand(2, 3, 6, 7), energy_gate(S, rand(2, 6, 7) < .5)
+
+
+def test_energy_and_its_gradient_are_those_of_all_pairs(energy_inputs):
+    S, image, gate = energy_inputs
+    values = [f(S, image, gate, 3., 80.) for f in (all_pairs, lambda *a: dense_energy(*a, exact=True))]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(v, S)[0] for v in values))
+    assert torch.autograd.gradcheck(lambda S: dense_energy(S, image, gate, 3., 80.), S)   # through the lattice
+
+
+def test_released_gradient(energy_inputs):
+    "Theirs is ours where nothing is labelled, up to what the lattice lacks of symmetry, and another where something is"
+    S, image, gate = energy_inputs
+    grad = lambda G, **kw: torch.autograd.grad(dense_energy(S, image, G, 3., 80., exact=True, **kw), S)[0]
+    torch.testing.assert_close(grad(None), grad(None, gradient='released'))
+    assert (grad(gate)-grad(gate, gradient='released')).abs().max() > .01*grad(gate).abs().max()
+    a, b = (dense_energy(S, image, gate, 3., 80., gradient=o) for o in ('exact', 'released'))
+    assert a.item() == pytest.approx(b.item())
+
+
+def test_gate():
+    probs = torch.tensor([[.7, .3], [.5, .5]]).T.reshape(1, 2, 1, 2).requires_grad_()
+    gate = energy_gate(probs, torch.tensor([[[True, False]]]))
+    torch.testing.assert_close(gate, torch.tensor([[[.3, 1.]]]))
+    assert not gate.requires_grad
+
+
+def test_crf_loss_counts_no_padding():
+    "Padding gets no gradient, and adds nothing"
+    g = torch.Generator().manual_seed(0)
+    image, labels = torch.rand(1, 3, 16, 16, generator=g), torch.full((1, 16, 16), UNLABELLED)
+    labels[:, 2:4, :8], labels[:, :, 8:] = 1, PADDING
+    def term(scores, image):
+        loss = CRFLoss(xy=6., rgb=80.)
+        loss.learn = SimpleNamespace(pred=scores, x=normalise(255*image), yb=(labels,), model=None)
+        return loss.terms()['crf']
+    scores = torch.randn(1, 3, 16, 16, generator=g).requires_grad_()
+    value = term(scores, image)
+    to_scores, = torch.autograd.grad(value, scores)
+    assert value < 0 and (to_scores[..., 8:] == 0).all() and (to_scores[..., :8] != 0).any()
+    alone = SimpleNamespace(pred=scores[..., :8], x=normalise(255*image[..., :8]), yb=(labels[..., :8],), model=None)
+    cut = CRFLoss(xy=6., rgb=80.)
+    cut.learn = alone   # without the padding, whose pixels are points of the lattice too
+    assert cut.terms()['crf'].item() == pytest.approx(value.item(), rel=.1)
+
+
+def test_crf_beside_another_method():
+    src = scenes(n_train=4, n_val=2, size=64)
+    dls = sparse_dataloaders(src, 'scribble', size=64, bs=4, device='cpu')
+    learn = sparse_learner(dls, 'segformer_mit_b0', method='sasformer+crf:start=0.5', decoder_dim=16,
+                           validate_every=2)
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
+    assert [list(e) for e in learn.crf_loss.epochs] == [[], ['crf']] and learn.crf_loss.epochs[1]['crf'] < 0
+    assert all(learn.sasformer_loss.epochs)
+
+
+@pytest.mark.parametrize('spec, text', [
+    ('crf:xy=0', 'xy=0.0: expected more than 0'), ('crf:rgb=-15', 'rgb=-15.0: expected more than 0'),
+    ('crf:weight=-1', 'weight=-1.0: expected 0 or more'), ('crf:gradient=half', 'expected one of exact, released'),
+    ('crf:start=1', 'a fraction'), ('crf:sigma=1', "crf has no option 'sigma'")])
+def test_crf_method_refuses(spec, text):
+    with pytest.raises(ValueError, match=text): parse_method(spec)
+
+
+def test_energy_refuses(energy_inputs):
+    S, image, gate = energy_inputs
+    with pytest.raises(ValueError, match='of one size'): dense_energy(S[..., 1:], image)
+    with pytest.raises(ValueError, match='xy=-1'): dense_energy(S, image, xy=-1)
+    with pytest.raises(ValueError, match="gradient='half'"): dense_energy(S, image, gradient='half')
