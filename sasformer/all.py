@@ -25,6 +25,8 @@ from .sasformer import *
 from .tel import *
 from .cam import *
 from .afa import *
+from .tag_labels import *
+from .crf import *
 from .metrics import *
 from .learner import *
 from .inference import *

@@ -44,6 +44,8 @@ def inference_options(parser):
                         help="Sizes to look at, as factors of the image's: 0.5,1,1.5 or 'paper' for 0.5,0.75,…,2 "
                              "(default: 1)")
     parser.add_argument('--flip', action='store_true', help="Look at the mirror image too")
+    parser.add_argument('--crf', action='store_true',
+                        help="Refine the probabilities with a dense CRF, on the CPU, which takes some seconds an image")
     parser.add_argument('--window', type=window_side, default=None, metavar='PIXELS',
                         help="Side of a sliding window that overlaps by half (default: the whole image at once)")
     parser.add_argument('--precision', choices=PRECISIONS, default='auto',
@@ -145,7 +147,7 @@ def report(cm, src, o, machine, seconds, processes):
     if not o.out: return
     write_json(o.out, dict(
         model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
-        window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes),
+        crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes),
         seconds=seconds, processes=processes, **environment()))
 
 # %% ../nbs/61_evaluate.ipynb #656297a8
@@ -168,8 +170,8 @@ def main(args=None):
         if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window,
-                      dtype=machine.dtype)
+        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
+                      window=o.window, dtype=machine.dtype)
         if first: report(cm, src, o, machine, time.time()-start, n)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()

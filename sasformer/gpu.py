@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CASES', 'VARIANTS', 'TREES', 'TARGETS', 'PARTS', 'PRESENT', 'LIMIT', 'methods', 'exact_float32', 'relative_error',
            'Undecided', 'draws', 'decided', 'whole_map', 'attention_case', 'plain_terms', 'affinity_inputs',
-           'affinity_case', 'tree_backend', 'treefilter_case', 'treeenergy_case', 'settled_draw', 'compare', 'error_of',
-           'attempt', 'settle', 'waiter', 'values_part', 'code_cells', 'is_cuda', 'imports', 'notebook_names',
-           'missing_names', 'run_cells', 'cells_part', 'make_step', 'without_waiting', 'step_memory',
+           'affinity_case', 'tree_backend', 'treefilter_case', 'treeenergy_case', 'refine_case', 'settled_draw',
+           'compare', 'error_of', 'attempt', 'settle', 'waiter', 'values_part', 'code_cells', 'is_cuda', 'imports',
+           'notebook_names', 'missing_names', 'run_cells', 'cells_part', 'make_step', 'without_waiting', 'step_memory',
            'slowest_operations', 'step_benchmark', 'step_part', 'trees_part', 'inference', 'inference_part', 'find_voc',
            'stopwatch', 'short_recipe', 'training', 'training_part', 'slower_than_maps', 'slowest_trees', 'of_b4',
            'judge', 'target_table', 'brief', 'summary_part', 'find_part', 'file_name', 'machine', 'write_result',
@@ -28,6 +28,8 @@ def methods()->SimpleNamespace:
     from sasformer.attention import QK, AttentionTap, attention_map
     from sasformer.treefilter import edge_affinity, minimum_spanning_tree, tree_filter
     from sasformer.tel import soft_labels, tree_energy
+    from sasformer.refine import pixel_adaptive_refinement, unfolded_refinement
+    from sasformer.crf import dense_energy
     return SimpleNamespace(**locals())
 
 # %% ../nbs/68_gpu.ipynb #0bb670ff
@@ -169,12 +171,30 @@ def treeenergy_case(draw, n):
     to_logits, to_features = torch.autograd.grad(value, [logits, high])
     return dict(value=value, logits=to_logits, features=to_features)
 
+# %% ../nbs/68_gpu.ipynb #refcase1
+def refine_case(draw, n):
+    "Pixel-adaptive refinement of a whole image and inside a box; the dense CRF's pair term and its gradient"
+    import torch
+    m, image, scores = methods(), draw(1, 3, n, n, coarse=16).detach(), draw(1, 4, n, n).detach()
+    refine = functools.partial(m.pixel_adaptive_refinement, backend='torch', boxes=torch.tensor([[0, 3, n-5, n]]))
+    if image.dtype == torch.float64:
+        def refine(image, scores):
+            out = scores.clone()
+            out[:, :, :n-5, 3:] = m.unfolded_refinement(image[:, :, :n-5, 3:], scores[:, :, :n-5, 3:])
+            return out
+    whole = m.unfolded_refinement if image.dtype == torch.float64 else m.pixel_adaptive_refinement
+    logits = draw(1, 4, n//2, n//2)
+    energy = m.dense_energy(logits.softmax(1), image[..., ::2, ::2].sigmoid(), xy=9., rgb=60., exact=True)
+    return dict(whole=whole(image, scores), box=refine(image, scores), energy=energy,
+                logits=torch.autograd.grad(energy, logits)[0])
+
 # %% ../nbs/68_gpu.ipynb #da72b05d
 CASES = dict(   # Name → function of (draw, n) that gives named values and gradients
     attention=attention_case,
     affinity=affinity_case,
     treefilter=treefilter_case,
-    treeenergy=treeenergy_case)
+    treeenergy=treeenergy_case,
+    refine=refine_case)
 
 def settled_draw(case, n):
     "The first seed that leaves nothing to rounding, and the case in float64"

@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar, IN_NOTEBOOK
 from .annotations import replacing, voc_palette, write_label_map
-from .data import normalise, statistics_of
+from .data import denormalise, normalise, statistics_of
 from .datasets import IMAGE_SUFFIXES, open_image
 from .machine import with_lines
 from .metrics import ConfusionMatrix
 from .quick import QuickAttention
+from .refine import dense_crf
 from .segmenters import evaluating
 
 # %% ../nbs/32_inference.ipynb #f898b769
@@ -102,18 +103,25 @@ def multi_scale_logits(
     scales=paper_scales,  # Sizes to look at, as factors of the image's
     flip:bool=True,       # Look at the mirror image too
     size:tuple=None,      # (H, W) of the result, default that of `x`
+    crf:bool|dict=False,  # Refine the probabilities with `dense_crf`; a dict: with these options
     **kw,                 # To `predict_logits`: `multiple`, `window`, `overlap`, `dtype`, `device`
 )->torch.Tensor:          # Logarithm of the mean probabilities, (B, C, *size), float32
     "Class probabilities averaged over scales and mirror images"
     if not len(scales): raise ValueError('scales is empty: expected at least one factor')
     size, total = tuple(size or x.shape[-2:]), None
+    if crf and size != x.shape[-2:]:
+        raise ValueError(f"crf needs scores at the image's size {tuple(x.shape[-2:])}, not {size}")
     for s in scales:
         xs = _resize(x, [max(1, round(n*s)) for n in x.shape[-2:]])
         y = predict_logits(model, torch.cat([xs, xs.flip(-1)]) if flip else xs, size, **kw).softmax(1)
         if flip: y = y[:len(x)] + y[len(x):].flip(-1)
         total = y if total is None else total.add_(y)
+    total = total/(len(scales)*(1+flip))
+    if crf:
+        image = denormalise(x, statistics_of(model), 1)
+        total = dense_crf(total, image, **(crf if isinstance(crf, dict) else {}))
     # a logarithm, so that the result can stand where logits stand
-    return (total/(len(scales)*(1+flip))).clamp_min_(torch.finfo(total.dtype).tiny).log_()
+    return total.clamp_min_(torch.finfo(total.dtype).tiny).log_()
 
 # %% ../nbs/32_inference.ipynb #95ca0534
 def _bar(it, progress):
@@ -130,7 +138,7 @@ def evaluate(
     flip:bool=False,    # See `multi_scale_logits`
     progress=True,      # Show a progress bar; or a function that wraps the ids
     distributed=False,  # Share the images among the processes of a distributed run and sum (every process must call)
-    **kw,               # To `predict_logits`: `multiple`, `window`, `overlap`, `dtype`, `device`
+    **kw,               # To `multi_scale_logits`: `crf`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->ConfusionMatrix:
     "Compare predictions with the dense masks of a data set, image by image, each at its full size"
     if split not in src.splits: raise ValueError(f'{src.name}: no split {split!r}, expected one of {list(src.splits)}')
@@ -152,7 +160,7 @@ def predict_image(
     image,            # Path, PIL image, or uint8 array (H, W, 3)
     scales=(1.,),     # See `multi_scale_logits`
     flip:bool=False,  # See `multi_scale_logits`
-    **kw,             # To `predict_logits`: `multiple`, `window`, `overlap`, `dtype`, `device`
+    **kw,             # To `multi_scale_logits`: `crf`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->np.ndarray:        # Class ids (H, W), uint8, for the upright image
     "The label map of one photograph"
     y = multi_scale_logits(model, image_tensor(image, model), scales, flip, **kw)[0]
@@ -258,7 +266,7 @@ def predict_folder(
     overwrite:bool=False,   # Replace files that are there
     on_error:str='raise',   # Unreadable image: 'raise' before any work, or 'skip' and say so in the report
     progress=True,          # Show a progress bar; or a function that wraps the images
-    **kw,                   # To `predict_image`: `scales`, `flip`, `window`, `dtype`, …
+    **kw,                   # To `predict_image`: `scales`, `flip`, `crf`, `window`, `dtype`, …
 )->FolderReport:
     "Write a palette PNG mask, upright and of the image's size, and an overlay for every image"
     palette = voc_palette() if palette is None else palette
