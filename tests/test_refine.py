@@ -173,6 +173,18 @@ def test_lattice_approximates():
     assert moved.sum() > 40 and (q != exact).sum() < .25*moved.sum()
 
 
+@pytest.mark.parametrize('d', [1, 2])
+def test_lattice_has_the_deviation_of_its_features(d):
+    "Spreading, blur and gathering together, averaged over places inside a grid of points: variance 1 in each direction"
+    x = np.linspace(-6, 6, 481 if d == 1 else 49)
+    f = np.stack(np.meshgrid(*[x]*d), -1).reshape(-1, d)
+    W = GaussianFilter(torch.tensor(f)).apply(torch.eye(len(f), dtype=torch.float64)).numpy()
+    inside = np.abs(f).max(1) < 2
+    for j in range(d):
+        moved = W[inside]*(f[None, :, j]-f[inside][:, None, j])**2
+        assert (moved.sum(1)/W[inside].sum(1)).mean() == pytest.approx(1, rel=.05)
+
+
 def test_lattice_is_linear_and_its_gradient_the_transpose():
     f = bilateral_features(photograph(12)[0][0], 4, 20)
     g, n = GaussianFilter(f), 144
