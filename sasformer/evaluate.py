@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scale_list', 'window_side', 'usable_device', 'inference_options', 'open_model', 'open_data', 'same_classes',
-           'table_text', 'result', 'eval_parser', 'report', 'main']
+           'table_text', 'result', 'eval_parser', 'report', 'measure_stages', 'main']
 
 # %% ../nbs/61_evaluate.ipynb #7a5de9d5
 import argparse, json, math, time
@@ -131,12 +131,15 @@ def eval_parser():
                    help="Folder of the data set (default: the run's); scenes need none")
     p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
     inference_options(p)
+    p.add_argument('--stages', action='store_true',
+                   help="Measure the label maps that AFA makes of the images' tags too, for a model that was trained "
+                        "with --method afa; at the first of --scales")
     p.add_argument('--out', type=Path, default=None, metavar='FILE', help="Write the numbers to this JSON file too")
     p.add_argument('--overwrite', action='store_true', help="Replace the file --out if it is there")
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
-def report(cm, src, o, machine, seconds, processes):
+def report(cm, src, o, machine, seconds, processes, stages=None):
     "Print the numbers and write them to `o.out`"
     from sasformer.machine import environment
     images = len(src.splits[o.split])
@@ -144,11 +147,21 @@ def report(cm, src, o, machine, seconds, processes):
     print(f"mIoU {100*cm.miou:.2f}, pixel accuracy {100*cm.pixel_accuracy:.2f}, "
           f"mean accuracy {100*cm.mean_accuracy:.2f} "
           f"on {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
+    for name, m in (stages or {}).items(): print(f"{name.replace('_', ', ')}, from tags: mIoU {100*m.miou:.2f}")
     if not o.out: return
     write_json(o.out, dict(
         model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
         crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes),
+        **({'stages': {k: result(m, src.classes) for k, m in stages.items()}} if stages else {}),
         seconds=seconds, processes=processes, **environment()))
+
+# %% ../nbs/61_evaluate.ipynb #stages01
+def measure_stages(o, src, machine):
+    "Name of each of AFA's stages → `ConfusionMatrix`"
+    from sasformer.machine import with_lines
+    from sasformer.tag_labels import evaluate_stages, load_afa
+    model, options = load_afa(o.model, machine.device)
+    return evaluate_stages(model, src, o.split, o.scales[0], lambda ids: with_lines(ids, 'images'), **options)
 
 # %% ../nbs/61_evaluate.ipynb #656297a8
 def main(args=None):
@@ -172,7 +185,8 @@ def main(args=None):
         start = time.time()
         cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
                       window=o.window, dtype=machine.dtype)
-        if first: report(cm, src, o, machine, time.time()-start, n)
+        stages = measure_stages(o, src, machine) if first and o.stages else {}
+        if first: report(cm, src, o, machine, time.time()-start, n, stages)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
 

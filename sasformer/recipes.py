@@ -31,6 +31,9 @@ class Recipe:
     weights:str|None = None
     # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
     last_stride:int|None = None
+    # Levels or layers of the backbone that the decoder takes, by index from 0; None: those from 1/4 of the size on,
+    # of a ViT its last three
+    out_indices:tuple[int, ...]|None = None
     # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
     # sasformer:alpha=3,start=0.5+tel
     method:str = 'sasformer'
@@ -139,6 +142,7 @@ def learner(self:Recipe,
     backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
+    if self.out_indices is not None: backbone['out_indices'] = list(self.out_indices)
     if folder is not None:
         cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
     same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'channels_last', 'seed', 'validate_every', 'val_scale',
@@ -184,8 +188,9 @@ RECIPES = dict(
     afa_coco2014=dict(_afa, data='coco2014', bs=8, iterations=80_000, warmup=.01875,
                       options='afa:labels_from=0.0625,propagated_from=0.1875,affinity_label=same,par_iterations=15'),
     afa_voc_subset=dict(_afa, data='voc2012', model='segformer_vit_small_patch14_dinov2', weights=None,
-                        last_stride=None, size=112, bs=4, epochs=2, scale_min=.22, scale_max=.45, val_scale=.3,
-                        validate_every=2, warmup=.075, num_workers=0, dropout=.1),
+                        last_stride=None, out_indices=(2, 5, 8), options='afa:cam_scales=1', size=140, bs=8, epochs=5,
+                        lr=1e-4, scale_min=.25, scale_max=.55, val_scale=.4, validate_every=5, warmup=.075,
+                        num_workers=0, decoder_dim=128, dropout=.1),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
                     decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
 
