@@ -14,6 +14,7 @@ from .benchmarks import *
 from .downloads import *
 from .treefilter import *
 from .ltf import *
+from .maskformer import *
 from .methods import *
 from .mit import *
 from .segmenters import *
@@ -22,6 +23,7 @@ from .quick import *
 from .terms import *
 from .sasformer import *
 from .tel import *
+from .matching import *
 from .metrics import *
 from .learner import *
 from .inference import *
