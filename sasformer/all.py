@@ -14,6 +14,7 @@ from .benchmarks import *
 from .downloads import *
 from .treefilter import *
 from .ltf import *
+from .maskformer import *
 from .methods import *
 from .mit import *
 from .segmenters import *
@@ -26,6 +27,7 @@ from .tel import *
 from .cam import *
 from .afa import *
 from .tag_labels import *
+from .matching import *
 from .crf import *
 from .metrics import *
 from .learner import *
