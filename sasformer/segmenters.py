@@ -17,6 +17,7 @@ from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 import sasformer.mit as mit
 from .ltf import LTFDecoder
+from .maskformer import MaskFormerDecoder
 
 # %% ../nbs/11_segmenters.ipynb #8da474ee
 class SegformerDecoder(nn.Module):
@@ -240,14 +241,16 @@ class Segmenter(nn.Module):
         feats = self.backbone(x)
         # Swin and its kin give (B, h, w, c)
         if getattr(self.backbone, 'output_fmt', None) == 'NHWC': feats = [f.permute(0, 3, 1, 2) for f in feats]
-        y = self.decoder(feats)
+        # MaskFormer enlarges its masks before they become scores
+        enlarged = getattr(self.decoder, 'upsamples', False) and not self.training
+        y = self.decoder(feats, x.shape[-2:]) if enlarged else self.decoder(feats)
         # the scores cover the padded image: only at its own size can its part be cut out exactly
         return _resize(y, (h+below, w+right))[...,:h,:w] if below or right else y
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,
                 segmenter=MaskTransformer, linear=LinearDecoder, setr=SETRDecoder, setrpup=SETRPUPDecoder,
-                ltf=LTFDecoder)
+                ltf=LTFDecoder, maskformer=MaskFormerDecoder)
 
 # timm's modules whose models a decoder takes, all if not here
 _vits = ('vision_transformer', 'vision_transformer_hybrid', 'deit', 'eva')
@@ -316,6 +319,8 @@ def create_segmenter(
     weights:str=None,       # Or load the backbone's weights from this file (or hub id for MiT)
     decoder_dim:int=None,   # Channels inside the decoder, default the decoder's own (`linear` has none)
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
+    n_queries:int=None,     # MaskFormer's proposals, default 100
+    n_layers:int=None,      # Layers of MaskFormer's transformer, default 6
     **kw,                   # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`
 )->Segmenter:               # In training mode
     "A segmenter by name"
@@ -323,7 +328,11 @@ def create_segmenter(
     if pretrained and weights is not None: raise ValueError('give either pretrained=True or weights, not both')
     if decoder == 'linear' and decoder_dim is not None:
         raise ValueError(f'{name}: nothing in the linear decoder has decoder_dim={decoder_dim} channels')
-    config = dict(name=name, n_classes=n_classes, decoder_dim=decoder_dim, dropout=dropout, **kw)
+    queries = {k: v for k, v in dict(n_queries=n_queries, n_layers=n_layers).items() if v is not None}
+    if queries and decoder != 'maskformer':
+        k, v = next(iter(queries.items()))
+        raise ValueError(f'{name}: {k}={v} is for maskformer_<timm model>, {decoder} has no queries')
+    config = dict(name=name, n_classes=n_classes, decoder_dim=decoder_dim, dropout=dropout, **queries, **kw)
     is_mit = backbone.startswith('mit_b')
     if weights is not None and not is_mit:
         if not Path(weights).is_file(): raise FileNotFoundError(f'weights: no file {weights}')
@@ -333,6 +342,7 @@ def create_segmenter(
     stride = net.feature_info.reduction()[-1]
     options = {k: v for k, v in dict(dim=decoder_dim, dropout=dropout).items() if v is not None}
     if decoder == 'deeplabv3plus': options['stride'] = stride
+    options.update(queries)
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
     whole = decoder == 'hrnet' or is_model_in_modules(backbone, _vits)   # these need whole patches
     statistics = timm.get_pretrained_cfg(backbone)
