@@ -18,7 +18,7 @@ from torch.distributed.nn.functional import all_reduce
 from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
-                               ProgressCallback, ChannelsLast, MixedPrecision, CancelValidException,
+                               ProgressCallback, GradientClip, ChannelsLast, MixedPrecision, CancelValidException,
                                CancelEpochException, rank_distrib)
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
@@ -247,9 +247,11 @@ def fit_poly(self:Learner,
 # %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
-)->L:                 # Lists of parameters: backbone, its biases and norms, decoder and auxiliary heads, theirs
-    "Parameters by part, and by whether they are matrices"
-    return L(L(p for p in part.parameters() if p.requires_grad and (p.ndim > 1) == matrix)
+)->L:                 # Lists of parameters: backbone, its biases, norms and embeddings, decoder and auxiliary heads, theirs
+    "Parameters by part, and by whether they are matrices of weights"
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    is_matrix = lambda p: p.ndim > 1 and id(p) not in embeddings
+    return L(L(p for p in part.parameters() if p.requires_grad and is_matrix(p) == matrix)
              for part in (model.backbone, nn.ModuleList([model.decoder, model.auxiliary])) for matrix in (True, False))
 
 OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch.optim.AdamW, betas=(.9, .999)))
@@ -286,13 +288,14 @@ def _sample_order(methods):
         raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
     return needing[0].sample_order if needing else None
 
-def _callbacks(seed, channels_last, precision, validate_every, order):
+def _callbacks(seed, channels_last, precision, validate_every, order, clip):
     "What a learner needs beside its method"
     callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(MixedPrecision())
     if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if clip is not None: callbacks.append(GradientClip(clip))   # of the sum over processes, gradients unscaled
     if n_processes() > 1: callbacks.append(Distributed())
     if order is not None: callbacks.append(UseSampleOrder(order))
     return callbacks
@@ -322,7 +325,8 @@ def sparse_learner(
     head_lr:float=1.,          # The decoder's, as a multiple
     opt:str='adamw',           # 'sgd' (momentum 0.9) or 'adamw'
     wd:float=.01,              # Weight decay
-    no_decay:bool=True,        # Spare biases and norms from weight decay
+    no_decay:bool=True,        # Spare biases, norms and embeddings from weight decay
+    clip:float=None,           # Norm to which a step's gradient is scaled down if it is larger; None: never
     precision:str='auto',      # 'fp32', 'bf16', 'fp16' (GPU, gradients scaled) or 'auto', see `sasformer.machine`
     channels_last:bool=True,   # Memory format of convolutions; faster nearly everywhere
     seed:int=0,                # Seed of weights, order, augmentation and dropout
@@ -332,6 +336,7 @@ def sparse_learner(
 )->SparseLearner:
     "A `Learner` for sparse labels: model, partial cross-entropy, optimiser, precision, metrics"
     if opt not in OPTIMISERS: raise ValueError(f"opt={opt!r}: expected one of {', '.join(OPTIMISERS)}")
+    if clip is not None and not clip > 0: raise ValueError(f"clip={clip}: expected more than 0")
     machine = this_machine(dls.device or 'cpu', precision)
     if isinstance(method, str): method = [cb for m in parse_method(method).values() for cb in m.callbacks()]
     order = _sample_order([*L(method), *L(cbs)])
@@ -343,7 +348,7 @@ def sparse_learner(
     if dls.device is not None: model.to(dls.device)
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
-    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order)
+    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order, clip)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())

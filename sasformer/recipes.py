@@ -27,6 +27,8 @@ class Recipe:
     annotation:str = 'scribble'
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
     decoder_dim:int|None = None      # Channels inside the decoder; None: the decoder's own
+    n_queries:int|None = None        # MaskFormer's proposals; None: 100
+    n_layers:int|None = None         # Layers of MaskFormer's transformer; None: 6
     # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
     weights:str|None = None
     # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
@@ -43,7 +45,8 @@ class Recipe:
     lr:float = 1e-3                  # Highest learning rate of the backbone
     head_lr:float = 1.               # The decoder's, as a multiple
     wd:float = .01                   # Weight decay
-    no_decay:bool = True             # Spare biases and norms from weight decay
+    no_decay:bool = True             # Spare biases, norms and embeddings from weight decay
+    clip:float|None = None           # Norm to which a step's gradient is scaled down if it is larger; None: never
     # Of the learning rate: poly (warm-up, then polynomial decay) or onecycle (fastai's)
     schedule:str = 'poly'
     warmup:float = .05               # Share of the training over which the learning rate rises
@@ -75,13 +78,16 @@ def check(self:Recipe):
     if (self.epochs is None) == (self.iterations is None):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
     positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr',
-             'power')
+             'power', 'clip', 'n_queries', 'n_layers')
     not_negative(self, 'wd', 'num_workers', 'cache_mb')
     fraction(self, 'warmup', 'drop_path', 'dropout')
     if not 0 < self.scale_min <= self.scale_max < math.inf:
         raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")
     if self.last_stride is not None and 'mit_b' not in self.model:
         raise ValueError(f"last_stride={self.last_stride}: only MiT has it, not {self.model}")
+    for name in ('n_queries', 'n_layers'):
+        if (n := getattr(self, name)) is not None and not self.model.startswith('maskformer_'):
+            raise ValueError(f"{name}={n}: only maskformer_<timm model> has it, not {self.model}")
     self.method = method_text(self.methods)   # the shortest text, so that equal methods are equal
 
 @patch(as_prop=True)
@@ -140,7 +146,8 @@ def learner(self:Recipe,
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if folder is not None:
         cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
-    same = 'lr', 'head_lr', 'opt', 'wd', 'no_decay', 'channels_last', 'seed', 'validate_every', 'decoder_dim', 'dropout'
+    same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'decoder_dim',
+            'dropout', 'n_queries', 'n_layers')
     same = {k: getattr(self, k) for k in same}
     learn = sparse_learner(dls, self.model, self.method, precision=machine.precision, cbs=cbs, **same, **backbone)
     learn.recipe = self
