@@ -305,7 +305,7 @@ class MaskFormer(Method):
 @dataclass
 class SimFormer(Method):
     "SimFormer: novel classes from tags, with the help of base classes (Chen et al., arXiv 2210.02270)"
-    transfer:bool = True                # Do novel tags name proposals? false: base classes only, all steps below are off
+    transfer:bool = True                # Do novel tags name proposals? false: base only, all steps below are off
     complementary:float = .15           # Weight of the complementary loss
     similarity:float = 1.               # Weight of the similarity network's own loss
     distillation:float = .1             # Weight of what it teaches

@@ -83,7 +83,7 @@ class PairBlock(nn.Module):
     def forward(self, x): return self.after(self.one(x), x if self.shortcut is None else F.relu(self.shortcut(x)))
 
 class SimilarityNetwork(nn.Module):
-    "Whether two pixels are of one class, from their embeddings (Chen et al., arXiv 2210.02270, section 3.3)"
+    "Whether two pixels are of one class, from their embeddings (Chen et al., arXiv 2210.02270)"
     def __init__(self,
         channels:int,      # Of a pixel's embedding
         width:int=256,     # Channels inside
@@ -234,6 +234,9 @@ class SimFormerLoss(MaskFormerLoss):
         novel = novel_classes(ds)
         self.novel = novel if self.transfer else []
         super().check(learn)
+        if not ds.annotation.startswith('dense'):
+            raise ValueError(f"annotation {ds.annotation!r}: SimFormer needs whole masks of the base classes, "
+                             "expected 'dense:novel=…'")
         if len(ds) < 2: raise ValueError(f"SimFormer makes pairs of images: expected at least two, got {len(ds)}")
         if dl.bs%2:
             n = n_processes()
