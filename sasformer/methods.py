@@ -20,6 +20,9 @@ class Method:
     def check(self):
         "Raises `ValueError` for a value that cannot be meant"
 
+    def fits(self, recipe, src):
+        "Raises `ValueError` where a `Recipe` or its data lack what the method needs, before anything is read"
+
     def callbacks(self)->list:
         "The `LossTerm`s that do it"
         raise NotImplementedError
@@ -334,6 +337,15 @@ class SimFormer(Method):
         if self.transfer and self.distillation and not self.similarity:
             raise ValueError(f"distillation={self.distillation}, similarity=0: a network that does not learn "
                              "cannot teach")
+
+    def fits(self, recipe, src):
+        from sasformer.machine import n_processes
+        from sasformer.simformer import check_pairs, check_weak_labels
+        if not recipe.model.startswith('maskformer_'):
+            raise ValueError(f"model={recipe.model!r}: SimFormer needs proposals, expected a model "
+                             "maskformer_<timm model>")
+        check_weak_labels(src, recipe.annotation)
+        check_pairs(len(src.splits['train']), recipe.bs, n_processes())
 
     def callbacks(self):
         from sasformer.simformer import SimFormerLoss

@@ -158,6 +158,7 @@ def learner(self:Recipe,
     from sasformer.learner import RunFolder, sparse_learner
     machine = self.machine(device, folder if resume else None)
     src, now, groups = src or self.source(), self, None
+    for m in self.methods.values(): m.fits(self, src)
     if labels is not None:
         from sasformer.pseudo import with_pseudo_labels
         now, groups, src = self.retraining(), src.groups(self.annotation), with_pseudo_labels(src, labels)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTILLATIONS', 'draw_partners', 'pair_order', 'PairBlock', 'SimilarityNetwork', 'pick', 'class_points',
            'similarity_loss', 'complementary_loss', 'novel_scores', 'distillation_loss', 'SimFormerLoss',
-           'novel_classes', 'of_pairs', 'at_points']
+           'check_weak_labels', 'check_pairs', 'of_pairs', 'at_points']
 
 # %% ../nbs/25_simformer.ipynb #sf250004
 import math, numpy as np, torch, torch.nn.functional as F
@@ -231,29 +231,39 @@ class SimFormerLoss(MaskFormerLoss):
 
     def check(self, learn):
         ds, dl = learn.dls.train.dataset, learn.dls.train
-        novel = novel_classes(ds)
+        novel = check_weak_labels(ds.src, ds.annotation)
         self.novel = novel if self.transfer else []
-        super().check(learn)
-        if not ds.annotation.startswith('dense'):
-            raise ValueError(f"annotation {ds.annotation!r}: SimFormer needs whole masks of the base classes, "
-                             "expected 'dense:novel=…'")
-        if len(ds) < 2: raise ValueError(f"SimFormer makes pairs of images: expected at least two, got {len(ds)}")
-        if dl.bs%2:
-            n = n_processes()
-            raise ValueError(f"SimFormer makes pairs of images: expected a batch of an even number in each process, "
-                             f"got {dl.bs*n} images in {n} process{'es'*(n > 1)}")
+        MaskFormerLoss.check(self, learn)
+        check_pairs(len(ds), dl.bs*n_processes(), n_processes())
 
-    def sample_order(self, dataset): return pair_order(dataset, novel_classes(dataset), n_processes(), self.rare)
+    def sample_order(self, dataset):
+        novel = check_weak_labels(dataset.src, dataset.annotation)
+        return pair_order(dataset, novel, n_processes(), self.rare)
 
-def novel_classes(
-    dataset,   # A `SparseDataset`
-)->list:       # Their ids
-    "The classes of which a training set has tags only"
-    groups = dataset.src.groups(dataset.annotation)
+def check_weak_labels(
+    src,          # Data set
+    annotation,   # Its training labels
+)->list:          # Ids of the novel classes
+    "The classes of which there are tags only; raises where there is none, or where base classes have no masks"
+    groups = src.groups(annotation)
     if not groups:
-        raise ValueError(f"SimFormer needs novel classes, and annotation {dataset.annotation!r} of {dataset.src.name} "
+        raise ValueError(f"SimFormer needs novel classes, and annotation {annotation!r} of {src.name} "
                          "has none: expected 'dense:novel=…', --novel, or weak_shot(src, novel)")
+    if not annotation.startswith('dense'):
+        raise ValueError(f"annotation {annotation!r}: SimFormer needs whole masks of the base classes, "
+                         "expected 'dense:novel=…'")
     return list(groups['novel'])
+
+def check_pairs(
+    n:int,       # Training images
+    bs:int,      # Batch over all processes
+    world:int,   # Processes
+):
+    "Raises where no pairs can be made of batches"
+    if n < 2: raise ValueError(f"SimFormer makes pairs of images: expected at least two, got {n}")
+    if bs%(2*world):
+        raise ValueError(f"SimFormer makes pairs of images: expected a batch of an even number in each process, "
+                         f"got {bs} images in {world} process{'es'*(world > 1)}")
 
 # %% ../nbs/25_simformer.ipynb #sf250074
 def _bare(model): return getattr(model, 'module', model)
