@@ -295,7 +295,7 @@ def _callbacks(seed, channels_last, precision, validate_every, order, clip):
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(MixedPrecision())
     if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
-    if clip is not None: callbacks.append(GradientClip(clip))   # of the sum over processes, gradients unscaled
+    if clip is not None: callbacks.append(GradientClip(clip))   # after processes are averaged and float16 unscaled
     if n_processes() > 1: callbacks.append(Distributed())
     if order is not None: callbacks.append(UseSampleOrder(order))
     return callbacks

@@ -20,7 +20,7 @@ class Proposals(NamedTuple):
 
 # %% ../nbs/08_maskformer.ipynb #3371aee1
 class _Conv(nn.Conv2d):
-    "In training on a CPU not in channels-last order, in which oneDNN takes twice as long for the gradient of 3×3 weights"
+    "In training on a CPU not channels last: in that order oneDNN takes twice as long for the gradient of 3×3 weights"
     def forward(self, x):
         if x.device.type != 'cpu' or not torch.is_grad_enabled(): return super().forward(x)
         return self._conv_forward(x.contiguous(), self.weight.contiguous(), self.bias)
@@ -165,15 +165,16 @@ class MaskFormerDecoder(nn.Module):
     def __init__(self,
         channels:list,       # Channels of the backbone's levels, finest first
         n_classes:int,       # Classes to score
-        dim:int=256,         # Channels inside the decoder, a multiple of 32
+        dim:int=256,         # Channels inside the decoder, a multiple of 32, at least 64
         dropout:float=.1,    # Inside the transformer
         n_queries:int=100,   # Proposals
         n_layers:int=6,      # Of the transformer
         hidden:int=2048,     # Channels inside its MLPs
     ):
         super().__init__()
-        if dim%32:
-            raise ValueError(f'MaskFormer normalises in 32 groups: expected a multiple of 32, got decoder_dim={dim}')
+        if dim%32 or dim < 64:   # a group of one channel would be lost where the coarsest level is one pixel
+            raise ValueError('MaskFormer normalises in 32 groups: expected a multiple of 32, at least 64, '
+                             f'got decoder_dim={dim}')
         for name, n in dict(n_queries=n_queries, n_layers=n_layers).items():
             if n < 1: raise ValueError(f'{name}={n}: expected at least 1')
         self.proposals = ProposalNetwork(channels, n_classes, dim, n_queries, n_layers, hidden, dropout=dropout)

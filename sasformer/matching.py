@@ -216,8 +216,7 @@ class MaskFormerLoss(LossTerm):
 
     def before_fit(self):
         super().before_fit()
-        dense = str(getattr(self.dls.train.dataset, 'annotation', 'dense')).startswith('dense')
-        self.counted = self.pixels or ('all' if dense else 'labelled')
+        self.counted = self.pixels or ('labelled' if self.dls.train.dataset.thin else 'all')
 
 # %% ../nbs/24_matching.ipynb #ec70511f
 @patch
