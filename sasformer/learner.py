@@ -247,7 +247,7 @@ def fit_poly(self:Learner,
 # %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
-)->L:                 # Lists of parameters: backbone, its biases, norms and embeddings, decoder and auxiliary heads, theirs
+)->L:                 # Lists of parameters: backbone; its biases, norms, embeddings; decoder and auxiliary heads; theirs
     "Parameters by part, and by whether they are matrices of weights"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     is_matrix = lambda p: p.ndim > 1 and id(p) not in embeddings

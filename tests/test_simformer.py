@@ -11,7 +11,7 @@ from sasformer.recipes import Recipe
 from sasformer.simformer import complementary_loss, draw_partners, pair_order
 from sasformer.train import main, with_novel
 
-TINY = dict(decoder_dim=32, n_queries=8, n_layers=1)
+TINY = dict(decoder_dim=64, n_queries=8, n_layers=1)
 OPTIONS = 'width=8,inside=8,outside=4,novel_points=8,blocks=2'
 NOVEL = 'plain ring', 'striped disc'
 
@@ -193,7 +193,7 @@ stop_processes()
 
 
 def test_two_processes_equal_one(photos, tmp_path):
-    "No dropout, and SGD: Adam's first steps are signs of gradients, which blow the rounding of sums in another order up"
+    "No dropout, and SGD: Adam's first steps are signs of gradients, which blow rounding up"
     r = recipe_of(photos, epochs=1, opt='sgd', precision='fp32')
     learn = r.learner(folder=tmp_path/'one', device='cpu')
     with learn.no_bar(), learn.no_logging(): r.run(learn)
