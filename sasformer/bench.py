@@ -20,7 +20,8 @@ COMMANDS = dict(
     evaluate="Evaluation at one scale and at the paper's seven with mirror images",
     naive="Training with all that is fast here beside the plain float32 loop, "
           "and beside the decoder as the paper writes it, with the loss curves",
-    tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step")
+    tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step",
+    par="Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU")
 
 def bench_parser():
     p = argparse.ArgumentParser(
@@ -41,7 +42,7 @@ def bench_parser():
             c.add_argument('--repeats', type=int, default=repeats, help='Rounds')
         else:
             c.add_argument('--steps', type=int, default=defaults['steps'], help='Rounds')
-        if name != 'loader':
+        if name not in ('loader', 'par'):
             c.add_argument('--model', default='mit_b0', help="Encoder, mit_b0 … mit_b5")
             c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1, 2),
                            help="Stride of the last block; 1 as in the recipes")
@@ -50,11 +51,12 @@ def bench_parser():
             c.add_argument('--size', type=int, default=defaults['size'], help="Side of the images, pixels")
             c.add_argument('--batch', type=int, default=defaults['batch'], help="Images in a batch")
             c.add_argument('--classes', type=int, default=21, help='Classes')
+            c.add_argument('--memory_of', help=argparse.SUPPRESS)
+        if not images and name != 'par':
             c.add_argument('--precision', choices=('auto', 'fp32', 'bf16'), default='auto',
                            help="Of the model; auto: bf16 where the hardware multiplies it")
             c.add_argument('--channels_last', action=argparse.BooleanOptionalAction, default=True,
                            help="Memory format of the model")
-            c.add_argument('--memory_of', help=argparse.SUPPRESS)
         return c
     c = command('step', steps=20, size=256, batch=8)
     c.add_argument('--variants', nargs='+', choices=VARIANTS, default=tuple(n for n in VARIANTS if n != 'compiled'),
@@ -70,6 +72,8 @@ def bench_parser():
                               ('tree_size', 128, "Side of the maps that are filtered"),
                               ('tree_batch', 8, "Images whose maps are filtered")):
         c.add_argument(f'--{name}', type=int, default=value, help=what)
+    c = command('par', steps=3, size=160, batch=8)
+    c.add_argument('--iterations', type=int, default=10, help="Rounds of the refinement")
     return p
 
 # %% ../nbs/66_bench.ipynb #1d1a7faf

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CASES', 'VARIANTS', 'TREES', 'TARGETS', 'PARTS', 'PRESENT', 'LIMIT', 'methods', 'exact_float32', 'relative_error',
            'Undecided', 'draws', 'decided', 'whole_map', 'attention_case', 'plain_terms', 'affinity_inputs',
-           'affinity_case', 'tree_backend', 'treefilter_case', 'treeenergy_case', 'settled_draw', 'compare', 'error_of',
-           'attempt', 'settle', 'waiter', 'values_part', 'code_cells', 'is_cuda', 'imports', 'notebook_names',
-           'missing_names', 'run_cells', 'cells_part', 'make_step', 'without_waiting', 'step_memory',
-           'slowest_operations', 'step_benchmark', 'step_part', 'trees_part', 'inference', 'inference_part', 'find_voc',
-           'stopwatch', 'short_recipe', 'training', 'training_part', 'slower_than_maps', 'slowest_trees', 'of_b4',
-           'judge', 'target_table', 'brief', 'summary_part', 'find_part', 'file_name', 'machine', 'write_result',
-           'run_part', 'work', 'send_lines', 'start_worker', 'next_line', 'stop', 'watch', 'say', 'check', 'normal',
-           'closure', 'imported', 'lacking', 'download_wheels', 'evenly', 'voc_files', 'sample_voc', 'write_lists',
-           'size_of', 'tracked', 'install_line', 'gather', 'common_arguments', 'gpu_parser', 'main']
+           'affinity_case', 'tree_backend', 'treefilter_case', 'treeenergy_case', 'refine_case', 'matching_case',
+           'settled_draw', 'compare', 'error_of', 'attempt', 'settle', 'waiter', 'values_part', 'code_cells', 'is_cuda',
+           'imports', 'notebook_names', 'missing_names', 'run_cells', 'cells_part', 'make_step', 'without_waiting',
+           'step_memory', 'slowest_operations', 'step_benchmark', 'step_part', 'trees_part', 'inference',
+           'inference_part', 'find_voc', 'stopwatch', 'short_recipe', 'training', 'training_part', 'slower_than_maps',
+           'slowest_trees', 'of_b4', 'judge', 'target_table', 'brief', 'summary_part', 'find_part', 'file_name',
+           'machine', 'write_result', 'run_part', 'work', 'send_lines', 'start_worker', 'next_line', 'stop', 'watch',
+           'say', 'check', 'normal', 'closure', 'imported', 'lacking', 'download_wheels', 'evenly', 'voc_files',
+           'sample_voc', 'write_lists', 'size_of', 'tracked', 'install_line', 'gather', 'common_arguments',
+           'gpu_parser', 'main']
 
 # %% ../nbs/68_gpu.ipynb #05721035
 import argparse, ast, builtins, contextlib, functools, importlib, importlib.metadata, json, os, queue, re, shutil
@@ -28,6 +29,10 @@ def methods()->SimpleNamespace:
     from sasformer.attention import QK, AttentionTap, attention_map
     from sasformer.treefilter import edge_affinity, minimum_spanning_tree, tree_filter
     from sasformer.tel import soft_labels, tree_energy
+    from sasformer.refine import pixel_adaptive_refinement, unfolded_refinement
+    from sasformer.crf import dense_energy
+    from sasformer.maskformer import Proposals, semantic_scores
+    from sasformer.matching import class_loss, class_targets, mask_losses, match
     return SimpleNamespace(**locals())
 
 # %% ../nbs/68_gpu.ipynb #0bb670ff
@@ -169,12 +174,51 @@ def treeenergy_case(draw, n):
     to_logits, to_features = torch.autograd.grad(value, [logits, high])
     return dict(value=value, logits=to_logits, features=to_features)
 
+# %% ../nbs/68_gpu.ipynb #refcase1
+def refine_case(draw, n):
+    "Pixel-adaptive refinement of a whole image and inside a box; the dense CRF's pair term and its gradient"
+    import torch
+    m, image, scores = methods(), draw(1, 3, n, n, coarse=16).detach(), draw(1, 4, n, n).detach()
+    refine = functools.partial(m.pixel_adaptive_refinement, backend='torch', boxes=torch.tensor([[0, 3, n-5, n]]))
+    if image.dtype == torch.float64:
+        def refine(image, scores):
+            out = scores.clone()
+            out[:, :, :n-5, 3:] = m.unfolded_refinement(image[:, :, :n-5, 3:], scores[:, :, :n-5, 3:])
+            return out
+    whole = m.unfolded_refinement if image.dtype == torch.float64 else m.pixel_adaptive_refinement
+    logits = draw(1, 4, n//2, n//2)
+    energy = m.dense_energy(logits.softmax(1), image[..., ::2, ::2].sigmoid(), xy=9., rgb=60., exact=True)
+    return dict(whole=whole(image, scores), box=refine(image, scores), energy=energy,
+                logits=torch.autograd.grad(energy, logits)[0])
+
+# %% ../nbs/68_gpu.ipynb #feef9a51
+def matching_case(draw, n):
+    "MaskFormer's scores and losses, of all pixels and of labelled ones: values, gradients to classes and masks"
+    import torch
+    m, s = methods(), n//4
+    p = m.Proposals(draw(2, 2, 12, 6), draw(2, 2, 12, s, s), None)
+    labels = torch.arange(n*n, device=p.masks.device).view(1, n, n).repeat(2, 1, 1)*7//(n*n)   # bands; 5 and 6:
+    labels = labels.where(labels < 5, labels+249)                                              # padding, unlabelled
+    targets = m.class_targets(labels, torch.ones(2, 5, device=labels.device), novel=[3])
+    out = dict(scores=m.semantic_scores(p.classes[-1], p.masks[-1], (n, n)))
+    for pixels in ('all', 'labelled'):
+        matches = m.match(p, targets, pixels=pixels)
+        focal, dice = m.mask_losses(p.masks, matches, targets, pixels=pixels)
+        names = m.class_loss(p.classes, matches)
+        classes, masks = torch.autograd.grad(20*focal+dice+names, p[:2])
+        out.update({f'{k}_{pixels}': v for k, v in dict(
+            query=matches.query.to(focal.dtype), focal=focal, dice=dice, names=names, classes=classes,
+            masks=masks).items()})
+    return out
+
 # %% ../nbs/68_gpu.ipynb #da72b05d
 CASES = dict(   # Name → function of (draw, n) that gives named values and gradients
     attention=attention_case,
     affinity=affinity_case,
     treefilter=treefilter_case,
-    treeenergy=treeenergy_case)
+    treeenergy=treeenergy_case,
+    refine=refine_case,
+    matching=matching_case)
 
 def settled_draw(case, n):
     "The first seed that leaves nothing to rounding, and the case in float64"

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast',
-           'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'CPUSyncBatchNorm', 'Distributed',
-           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'UseSampleOrder', 'sparse_learner',
-           'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings', 'rows_to_csv']
+           'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'ValidateAtScale',
+           'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner',
+           'UseSampleOrder', 'sparse_learner', 'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings',
+           'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import csv, inspect, io, json, math, re, sys, time
@@ -164,6 +165,17 @@ class EpochLines(Callback):
     def after_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
+# %% ../nbs/31_learner.ipynb #valscale1
+class ValidateAtScale(Callback):
+    "Validation images are looked at at `scale` times their size, at least 32 pixels"
+    order = ValidateEvery.order
+    def __init__(self, scale:float): self.scale = scale
+    def before_batch(self):
+        if self.training: return
+        x = self.xb[0]
+        size = [max(32, round(n*self.scale)) for n in x.shape[-2:]]
+        self.learn.xb = F.interpolate(x, size, mode='bilinear', align_corners=False), *self.xb[1:]
+
 # %% ../nbs/31_learner.ipynb #cc1bac62
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     "Batch normalisation over the batches of all processes, on any device"
@@ -247,7 +259,7 @@ def fit_poly(self:Learner,
 # %% ../nbs/31_learner.ipynb #108eba8a
 def parameter_groups(
     model:nn.Module,  # A segmenter with `backbone`, `decoder` and `auxiliary`
-)->L:                 # Lists of parameters: backbone; its biases, norms, embeddings; decoder and auxiliary heads; theirs
+)->L:                 # Lists of parameters: backbone; its biases, norms, embeddings; decoder, auxiliary heads; theirs
     "Parameters by part, and by whether they are matrices of weights"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     is_matrix = lambda p: p.ndim > 1 and id(p) not in embeddings
@@ -288,13 +300,14 @@ def _sample_order(methods):
         raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
     return needing[0].sample_order if needing else None
 
-def _callbacks(seed, channels_last, precision, validate_every, order, clip):
+def _callbacks(seed, channels_last, precision, validate_every, val_scale, order, clip):
     "What a learner needs beside its method"
     callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(MixedPrecision())
     if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
+    if val_scale != 1: callbacks.append(ValidateAtScale(val_scale))
     if clip is not None: callbacks.append(GradientClip(clip))   # after processes are averaged and float16 unscaled
     if n_processes() > 1: callbacks.append(Distributed())
     if order is not None: callbacks.append(UseSampleOrder(order))
@@ -331,6 +344,7 @@ def sparse_learner(
     channels_last:bool=True,   # Memory format of convolutions; faster nearly everywhere
     seed:int=0,                # Seed of weights, order, augmentation and dropout
     validate_every:int=1,      # Epochs between validations
+    val_scale:float=1.,        # Factor of their size at which validation looks at its images
     cbs=None,                  # Further callbacks
     **kwargs                   # Passed to `create_segmenter` where `model` is a name
 )->SparseLearner:
@@ -348,7 +362,7 @@ def sparse_learner(
     if dls.device is not None: model.to(dls.device)
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
-    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, order, clip)
+    callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order, clip)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
     if not live: callbacks.append(EpochLines())
@@ -371,11 +385,13 @@ def save_segmenter(
     classes:list=None,   # Class names
     palette=None,        # (C, 3) colours
 ):
-    "Weights and what rebuilds their model, each file replaced in one step; auxiliary heads are left out"
+    "Weights and what rebuilds their model, each file replaced in one step; of auxiliary heads those that say `saved`"
     folder = Path(folder)
+    heads = tuple(f'auxiliary.{k}.' for k, v in model.auxiliary.items() if getattr(v, 'saved', False))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
-        save_file({k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('auxiliary.')}, tmp)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()
+                   if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
                                          mean=model.mean, std=model.std))
@@ -398,7 +414,7 @@ def load_segmenter(
         model = create_segmenter(**meta['config'])
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{config}: not the description of a model: {e!r}") from e
-    try: model.load_state_dict(load_file(path))
+    try: model.load_state_dict({k: v for k, v in load_file(path).items() if not k.startswith('auxiliary.')})
     except Exception as e: raise ValueError(f"{path}: not the weights of {meta['config']['name']}: {e}") from e
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)

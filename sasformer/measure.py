@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fresh_peak', 'maps', 'Step', 'step_flops',
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
-           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree']
+           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_par']
 
 # %% ../nbs/33_measure.ipynb #8cdb4218
 import argparse, contextlib, copy, subprocess, sys, tempfile, time
@@ -22,6 +22,7 @@ from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales,
 from .learner import OPTIMISERS, partial_cross_entropy
 from .machine import DTYPES, alive, peak_memory
 from .quick import QuickAttention
+from .refine import pixel_adaptive_refinement, unfolded_refinement
 from .segmenters import create_segmenter
 
 # %% ../nbs/33_measure.ipynb #39d11212
@@ -374,3 +375,36 @@ def bench_tree(o)->dict:
              '--threads', o.threads, '--memory_of']
     extra = fresh_peak([*flags, 'tree'])-fresh_peak([*flags, 'inputs'])
     return dict(rows=rows, share_of_step=rows['tree energy']['ms']/rows['bare step']['ms'], extra_mb=extra)
+
+# %% ../nbs/33_measure.ipynb #parbench2
+def bench_par(o)->dict:
+    "Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU"
+    device, g = torch.device(o.device), torch.Generator().manual_seed(0)
+    image = F.interpolate(torch.rand(o.batch, 3, o.size//8, o.size//8, generator=g), (o.size,)*2, mode='bilinear')
+    scores = torch.rand(o.batch, o.classes, o.size, o.size, generator=g).softmax(1)
+    args = [t.to(device) for t in ((255*image).round()/255, scores)]
+    views = partial(pixel_adaptive_refinement, *args, iterations=o.iterations)
+    variants = dict(plain=partial(unfolded_refinement, *args, iterations=o.iterations),
+                    views=partial(views, backend='torch'))
+    if device.type == 'cpu': variants['compiled'] = partial(views, backend='numba')
+    if o.memory_of:   # 'inputs' only makes its inputs; the compiled code is loaded in either case
+        pixel_adaptive_refinement(*(t[:1,:,:8,:8] for t in args), backend=None if device.type == 'cpu' else 'torch')
+        if o.memory_of != 'inputs': variants[o.memory_of]()
+        return resident_peak()
+    sync = torch.cuda.synchronize if device.type == 'cuda' else None
+    rows = summary(alternate(variants, o.steps, 1, sync))
+    inputs = 0 if sync else fresh_peak(_par_flags(o, 'inputs'))
+    for name, r in rows.items():
+        r['speed'] = rows['plain']['ms']/r['ms']
+        r['extra_mb'] = _cuda_extra(variants[name]) if sync else fresh_peak(_par_flags(o, name))-inputs
+    return dict(rows=rows)
+
+def _par_flags(o, name):
+    valued = 'size', 'batch', 'classes', 'iterations', 'device', 'threads'
+    return ['par', *(f for k in valued for f in (f'--{k}', getattr(o, k))), '--memory_of', name]
+
+def _cuda_extra(f):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    f()
+    return (torch.cuda.max_memory_allocated()-before)/2**20

@@ -55,7 +55,7 @@ def main(args=None):
         model = open_model(o.model, machine.device)
         done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
                               o.overwrite, o.on_error,
-                              scales=o.scales, flip=o.flip, window=o.window, dtype=machine.dtype)
+                              scales=o.scales, flip=o.flip, crf=o.crf, window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))
     except (ValueError, OSError, ImportError) as e: p.error(e)
     print(f"{o.out}: {done}")

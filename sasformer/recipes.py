@@ -34,6 +34,9 @@ class Recipe:
     weights:str|None = None
     # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
     last_stride:int|None = None
+    # Levels or layers of the backbone that the decoder takes, by index from 0; None: those from 1/4 of the size on,
+    # of a ViT its last three
+    out_indices:tuple[int, ...]|None = None
     # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
     # sasformer:alpha=3,start=0.5+tel
     method:str = 'sasformer'
@@ -63,6 +66,7 @@ class Recipe:
     precision:str = 'auto'
     channels_last:bool = True        # Memory format of convolutions
     validate_every:int = 1           # Epochs between validations
+    val_scale:float = 1.             # Factor of their size at which validation looks at its images
     # Seed of weights, order, augmentation and dropout; simulated labels have their own: 'scribble:seed=1'
     seed:int = 0
     num_workers:int = 0              # Worker processes of each data loader
@@ -81,8 +85,8 @@ def check(self:Recipe):
     parse_annotation(self.annotation.removeprefix('sim_'))
     if (self.epochs is None) == (self.iterations is None):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
-    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'lr', 'head_lr',
-             'power', 'clip', 'n_queries', 'n_layers')
+    positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'val_scale',
+             'lr', 'head_lr', 'power', 'clip', 'n_queries', 'n_layers')
     not_negative(self, 'wd', 'num_workers', 'cache_mb')
     fraction(self, 'warmup', 'drop_path', 'dropout')
     if not 0 < self.scale_min <= self.scale_max < math.inf:
@@ -170,10 +174,11 @@ def learner(self:Recipe,
     backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
+    if self.out_indices is not None: backbone['out_indices'] = list(self.out_indices)
     if folder is not None:
         cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
-    same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'decoder_dim',
-            'dropout', 'n_queries', 'n_layers')
+    same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'val_scale',
+            'decoder_dim', 'dropout', 'n_queries', 'n_layers')
     same = {k: getattr(self, k) for k in same}
     learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same, **backbone)
     learn.recipe = self
@@ -227,6 +232,55 @@ RECIPES = dict(
         method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
         decoder_dim=64, n_queries=12, n_layers=2, size=128, bs=8, epochs=20, lr=3e-4, clip=.01, last_stride=1,
         validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
+
+def recipe(
+    name:str,   # One of `RECIPES`
+    **changes   # Fields to set otherwise; `method` keeps the recipe's options where it does not say otherwise
+)->Recipe:
+    "A recipe of the project, with changes"
+    if name not in RECIPES: raise ValueError(f"no recipe {name!r}: expected one of {', '.join(RECIPES)}")
+    known = [f.name for f in dataclasses.fields(Recipe)]
+    if wrong := [k for k in changes if k not in known]:
+        raise ValueError(f"a recipe has no field {wrong[0]!r}: it has {', '.join(known)}")
+    if changes.get('iterations') is not None: changes = {'epochs': None, **changes}
+    elif changes.get('epochs') is not None: changes = {'iterations': None, **changes}
+    # the recipe's is for its MiT
+    if 'mit_b' not in changes.get('model', 'mit_b'): changes = {'last_stride': None, **changes}
+    fields = {**RECIPES[name], **changes}
+    options = fields.pop('options', '')
+    fields['method'] = method_text(parse_method(fields.get('method', Recipe.method), options))
+    return Recipe(**fields)
+
+# %% ../nbs/50_recipes.ipynb #8251542e
+_paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1,
+              options='sasformer:form=released', size=512, bs=16, iterations=80_000,
+              opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., validate_every=10, num_workers=4)
+_tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
+_tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
+_afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
+            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
+RECIPES = dict(
+    scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
+                size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    camvid=dict(data='camvid', options='sasformer:start=0.5+tel:sigma=0.002',
+                size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    folder=dict(data='folder', options='sasformer:start=0.5', size=256, epochs=50, lr=5e-4, validate_every=5),
+    voc2012_scribble=dict(_paper, annotation='scribble'),
+    voc2012_point=dict(_paper, annotation='point', options='sasformer:form=released,alpha=0.2'),
+    tel_voc2012_scribble=dict(_tel, annotation='scribble'),
+    tel_voc2012_point=dict(_tel, annotation='point'),
+    tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
+                        size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4),
+    tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150),
+    afa_voc2012=dict(_afa, data='voc2012', bs=4, iterations=20_000, warmup=.075),
+    afa_coco2014=dict(_afa, data='coco2014', bs=8, iterations=80_000, warmup=.01875,
+                      options='afa:labels_from=0.0625,propagated_from=0.1875,affinity_label=same,par_iterations=15'),
+    afa_voc_subset=dict(_afa, data='voc2012', model='segformer_vit_small_patch14_dinov2', weights=None,
+                        last_stride=None, out_indices=(2, 5, 8), options='afa:cam_scales=1', size=140, bs=8, epochs=5,
+                        lr=1e-4, scale_min=.25, scale_max=.55, val_scale=.4, validate_every=5, warmup=.075,
+                        num_workers=0, decoder_dim=128, dropout=.1),
+    afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
+                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
 
 def recipe(
     name:str,   # One of `RECIPES`

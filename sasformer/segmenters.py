@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['decoders', 'SegformerDecoder', 'ASPP', 'DeepLabV3PlusDecoder', 'HRNetDecoder', 'LinearDecoder', 'SETRDecoder',
-           'SETRPUPDecoder', 'MaskScores', 'MaskTransformer', 'Segmenter', 'list_segmenters', 'create_segmenter']
+           'SETRPUPDecoder', 'MaskScores', 'MaskTransformer', 'Segmenter', 'evaluating', 'list_segmenters',
+           'create_segmenter']
 
 # %% ../nbs/11_segmenters.ipynb #fc519ec2
 import difflib
 import timm, torch, torch.nn.functional as F
+from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
 from fastcore.basics import store_attr
@@ -234,18 +236,41 @@ class Segmenter(nn.Module):
         store_attr()
         self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); not used in `forward`
 
-    def forward(self, x):
+    def features(self,
+        x:torch.Tensor,  # Images, (B, 3, H, W)
+    )->list:             # Levels of features, (B, c, h, w) each, finest first; of the padded image
+        "What the decoder is given"
         h, w = x.shape[-2:]
         below, right = -h%self.multiple, -w%self.multiple
         if below or right: x = F.pad(x, (0, right, 0, below))
         feats = self.backbone(x)
         # Swin and its kin give (B, h, w, c)
         if getattr(self.backbone, 'output_fmt', None) == 'NHWC': feats = [f.permute(0, 3, 1, 2) for f in feats]
+        return feats
+
+    def forward(self, x):
+        h, w = x.shape[-2:]
+        below, right = -h%self.multiple, -w%self.multiple
         # MaskFormer enlarges its masks before they become scores
         enlarged = getattr(self.decoder, 'upsamples', False) and not self.training
-        y = self.decoder(feats, x.shape[-2:]) if enlarged else self.decoder(feats)
+        feats = self.features(x)
+        y = self.decoder(feats, (h+below, w+right)) if enlarged else self.decoder(feats)
         # the scores cover the padded image: only at its own size can its part be cut out exactly
         return _resize(y, (h+below, w+right))[...,:h,:w] if below or right else y
+
+# %% ../nbs/11_segmenters.ipynb #evalmode1
+@contextmanager
+def evaluating(
+    model:nn.Module,      # Any model
+    inference:bool=True,  # In PyTorch's inference mode; False: what is made inside may be used in a later gradient
+):
+    "Evaluation mode without gradients inside; after it every module is back in the mode it had"
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode() if inference else torch.no_grad(): yield model
+    finally:
+        for m, training in modes: m.training = training
 
 # %% ../nbs/11_segmenters.ipynb #6c25e840
 decoders = dict(segformer=SegformerDecoder, deeplabv3plus=DeepLabV3PlusDecoder, hrnet=HRNetDecoder,

@@ -63,7 +63,7 @@ def test_pictures_of_the_readme_are_here():
 def test_pages_open_with_a_picture():
     "What is read first, and each method's notebook, shows what it does within five cells"
     def has_picture(cell): return any('image/png' in o.get('data', {}) for o in cell.get('outputs', ()))
-    for name in ('quickstart', '07_treefilter', '20_sasformer', '21_tel'):
+    for name in ('quickstart', '07_treefilter', '18_refine', '20_sasformer', '21_tel', '26_crf'):
         assert any(map(has_picture, json.loads((ROOT/f'nbs/{name}.ipynb').read_text())['cells'][:5])), name
 
 def test_quickstart_runs_on_any_folder():

@@ -1,0 +1,204 @@
+"Masks from tags: what AFA teaches, refuses and leaves behind, in one process and in two, killed and resumed"
+import json, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, load_heads, pair_loss, random_walk, window_mask
+from sasformer.annotations import write_label_map
+from sasformer.attention import QK
+from sasformer.cam import class_activation_maps, foreground, id_table, image_boxes, pseudo_labels, tagged_scores
+from sasformer.data import sparse_dataloaders
+from sasformer.datasets import Source, scenes
+from sasformer.learner import load_segmenter, sparse_learner
+from sasformer.methods import parse_method
+from sasformer.tag_labels import evaluate_stages, load_afa, write_pseudo_labels
+from sasformer.segmenters import create_segmenter
+from test_train import finish, program, rows, start, weights
+
+METHOD = 'afa:labels_from=0.3,propagated_from=0.6,par_iterations=2'
+
+@pytest.fixture(scope='module')
+def src(): return scenes(n_train=16, n_val=4, size=64)
+
+@pytest.fixture(scope='module')
+def dls(src): return sparse_dataloaders(src, 'tag', size=64, bs=8)
+
+@pytest.fixture(scope='module')
+def tags(src, tmp_path_factory):
+    "A folder of scenes, and the options to train on its tags"
+    path = tmp_path_factory.mktemp('afa')/'scenes'
+    for split, ids in src.splits.items():
+        for d in ('images', 'masks'): (path/d/split).mkdir(parents=True)
+        for i in ids:
+            src.image(i).save(path/'images'/split/f'{i}.png')
+            write_label_map(path/'masks'/split/f'{i}.png', src.mask(i), src.palette)
+    (path/'codes.txt').write_text('\n'.join(src.classes))
+    return ('--data', 'folder', '--path', path, '--annotation', 'tag', '--method', METHOD, '--epochs', 3, '--bs', 8)
+
+@pytest.fixture(scope='module')
+def whole(tags, tmp_path_factory):
+    out = tmp_path_factory.mktemp('runs')/'whole'
+    return out, finish(start(*tags, '--out', out))
+
+
+def test_affinity_of_any_transformer_is_that_of_its_layers():
+    "Several layers with different numbers of heads, tokens in front: the sum over maps, map by map, in float64"
+    torch.manual_seed(0)
+    layers = [QK(*torch.randn(2, 2, h, 7, 4, dtype=torch.float64).float(), .5, (2, 3), (2, 3), 4, 1) for h in (3, 5)]
+    conv = torch.nn.Conv2d(8, 1, 1)
+    maps = torch.cat([l.q[:,:,1:].double() @ l.k[:,:,1:].double().mT for l in layers], 1)
+    expected = (torch.einsum('n,bnij->bij', conv.weight.flatten().double(), maps+maps.mT)+conv.bias).sigmoid()
+    assert (attention_affinity(layers, conv)-expected).abs().max() < 1e-5
+
+def test_window_is_clipped_at_the_borders():
+    mask = window_mask(5, 7, 2).view(5, 7, 5, 7)
+    assert mask[2,3].sum() == 25 and mask[0,0].sum() == 9 and mask[0,0,2,2] and not mask[0,0,3,0]
+    assert torch.equal(window_mask(5, 7, 2), window_mask(5, 7, 2).T)
+
+def test_columns_without_affinity_stay_well_below_one():
+    out = random_walk(torch.ones(1, 1, 3, 3), torch.full((1, 9, 9), .01))
+    assert out.max() < .02   # 9·10⁻⁴/(9·10⁻⁴ + 0.1)
+
+def test_pairs_are_ordered_and_the_diagonal_is_one_of_them():
+    positive, negative = affinity_pairs(torch.tensor([[[0, 1], [255, 254]]]))
+    assert positive[0].nonzero().tolist() == [[0, 0], [1, 1]] and negative[0].nonzero().tolist() == [[0, 1], [1, 0]]
+    assert pair_loss(torch.full((1, 4, 4), .25), positive, negative) == pytest.approx(.5*1.5/3+.5*.5/3)
+
+def test_boxes():
+    inside = torch.zeros(2, 5, 6, dtype=torch.bool)
+    inside[0,1:3,2:6] = inside[1] = True
+    assert image_boxes(inside) == [[1, 3, 2, 6], [0, 5, 0, 6]]
+
+def test_a_crop_keeps_its_images_tags(dls):
+    "and nothing of it is labelled"
+    x, y, tags = dls.train.one_batch()
+    wanted = {dls.train.dataset.src.tags(i) for i in dls.train.dataset.ids}
+    assert all(tuple(t.nonzero().flatten().tolist()) in wanted for t in tags) and (y >= 254).all()
+
+def test_padding_is_never_labelled():
+    images, maps = torch.rand(1, 3, 16, 16), torch.rand(1, 2, 16, 16)
+    inside = torch.zeros(1, 16, 16, dtype=torch.bool)
+    inside[:,3:13,2:9] = True
+    for box in (False, True):
+        label = pseudo_labels(images, *tagged_scores(maps, torch.ones(1, 2)), inside, box, iterations=2)
+        assert torch.equal(label == 254, ~inside)
+
+def test_only_tagged_classes_are_found():
+    maps = torch.rand(3, 6, 8, 8)
+    tags = torch.tensor([[0, 1, 0, 0, 1, 0], [0]*6, [1]*6])
+    label = pseudo_labels(torch.rand(3, 3, 8, 8), *tagged_scores(maps, tags), iterations=0)
+    assert set(label[0].unique().tolist()) <= {0, 2, 5, 255} and set(label[1].unique().tolist()) == {0}
+    assert set(label[2].unique().tolist()) <= {*range(7), 255}
+
+
+def test_stages_follow_the_training(dls):
+    "Classifier alone, then labels from maps, then from propagated ones; the steps as FACTS counts them"
+    loss = AFALoss(labels_from=.1, propagated_from=.3)
+    at = lambda step: type('At', (), dict(epoch=step//500, iter=step%500, n_iter=500, n_epoch=40, labels_from=.1,
+                                          propagated_from=.3))
+    stage = lambda step: AFALoss.stage.fget(at(step))
+    assert [stage(s) for s in (0, 2000, 2001, 6000, 6001, 19999)] == [0, 0, 1, 1, 2, 2]
+
+def test_classifier_learns_first(dls):
+    learn = sparse_learner(dls, 'segformer_mit_b0', METHOD+',freeze_norms=false', precision='fp32', decoder_dim=32)
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=4, lr=1e-4)
+    epochs = learn.afa_loss.epochs
+    assert epochs[0]['seg'] == epochs[0]['aff'] == 0 and epochs[-1]['seg'] > 0 and epochs[-1]['aff'] > 0
+    assert not learn.model.backbone._forward_hooks and learn.afa_loss._features is None
+
+def test_norms_stay_as_pretrained(dls):
+    learn = sparse_learner(dls, 'segformer_mit_b0', METHOD, precision='fp32', decoder_dim=32)
+    names = [n for n, p in learn.model.backbone.named_parameters() if not p.requires_grad]
+    assert names and all('norm' in n for n in names)
+    before = {n: p.clone() for n, p in learn.model.backbone.named_parameters()}
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-3)
+    same = {n for n, p in learn.model.backbone.named_parameters() if torch.equal(p, before[n])}
+    assert same == set(names)
+
+def test_a_cnn_has_maps_but_no_affinity(dls):
+    with pytest.raises(ValueError, match='queries and keys cannot be read.*with affinity=0 it needs no attention'):
+        sparse_learner(dls, 'segformer_resnet18', METHOD)
+    learn = sparse_learner(dls, 'segformer_resnet18', METHOD+',affinity=0', precision='fp32', decoder_dim=32)
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=2, lr=1e-4)
+    assert learn.afa_loss.epochs[-1]['seg'] > 0 and learn.afa_loss.epochs[-1]['aff'] == 0
+    x = torch.randn(1, 3, 64, 64)
+    assert class_activation_maps(learn.model, learn.model.auxiliary['afa'].classify, x).shape == (1, 5, 64, 64)
+
+@pytest.mark.parametrize('model', ['segmenter_vit_tiny_patch16_224', 'segformer_pvt_v2_b0'])
+def test_other_transformers(dls, model):
+    learn = sparse_learner(dls, model, 'afa:labels_from=0,propagated_from=0', precision='fp32')
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
+    assert all(np.isfinite(v) for v in learn.afa_loss.epochs[0].values())
+
+def test_fewer_keys_than_queries_are_refused(dls):
+    with pytest.raises(ValueError, match='last block of segformer_pvt_v2_b2_li has fewer keys than queries'):
+        sparse_learner(dls, 'segformer_pvt_v2_b2_li', METHOD)
+
+def test_a_set_without_background(src):
+    "Where the background's score wins, nothing is labelled; every class has a map"
+    classes = ['sky', *src.classes[1:]]
+    other = Source('sky', None, classes, src.splits, src.images, src.masks, src.palette)
+    assert foreground(classes) == (list(range(6)), None) and id_table(*foreground(classes))[0] == 255
+    learn = sparse_learner(sparse_dataloaders(other, 'tag', size=64, bs=8), 'segformer_mit_b0',
+                           'afa:labels_from=0,propagated_from=0.4', precision='fp32', decoder_dim=32)
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=2, lr=1e-4)
+    assert learn.model.auxiliary['afa'].classify.out_channels == 6
+    stages = evaluate_stages(learn.model, other)
+    assert all(cm.counts.sum() == 4*64*64 for cm in stages.values())   # each pixel got a class
+    with pytest.raises(ValueError, match="background='floor': expected one of sky, striped disc"):
+        sparse_learner(sparse_dataloaders(other, 'tag', size=64, bs=8), 'segformer_mit_b0', 'afa:background=floor')
+
+
+@pytest.mark.parametrize('options, message', [
+    ('thresholds=0.3,0.5', 'the higher first'), ('thresholds=0.5,0.4,0.3', 'one or two scores'),
+    ('thresholds=1.5', 'between 0 and 1'), ('labels_from=0.5,propagated_from=0.2', 'expected labels_from'),
+    ('affinity=-1', 'affinity=-1.0: expected 0 or more'), ('affinity_label=seg', 'expected one of cam, same'),
+    ('cam_scales=0', 'cam_scales=.*: expected numbers above 0'), ('dilations=1,-2', 'expected numbers above 0'),
+    ('labels_from=nan', 'labels_from=nan'), ('window=3', "no option 'window'")])
+def test_options_are_checked(options, message):
+    with pytest.raises(ValueError, match=message): parse_method(f'afa:{options}')
+
+
+def test_two_processes_equal_one(whole, tags, tmp_path):
+    one, _ = whole
+    finish(start(*tags, '--out', tmp_path/'two', processes=2))
+    for a, b in zip(rows(one), rows(tmp_path/'two'), strict=True):
+        for name in ('train_loss', 'cls', 'seg', 'aff'):
+            # a label may flip where two scores tie to the last bit
+            assert float(b[name]) == pytest.approx(float(a[name]), rel=5e-3, abs=1e-4), name
+
+def test_killed_and_resumed(whole, tags, tmp_path):
+    one, _ = whole
+    p = start(*tags, '--out', tmp_path/'cut')
+    try:
+        until = time.time()+300
+        while not (tmp_path/'cut'/'state.pt').exists():
+            assert p.poll() is None and time.time() < until, p.stdout.read()
+            time.sleep(.05)
+    finally: p.send_signal(signal.SIGKILL)
+    p.wait()
+    finish(start(*tags, '--out', tmp_path/'cut', '--resume'))
+    a, b = weights(one), weights(tmp_path/'cut')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert 'auxiliary.afa.classify.weight' in a   # without it there are no maps
+
+def test_from_tags_to_masks(whole, tmp_path):
+    "The heads come back with the model, and `sasformer_labels pseudo` writes its label maps"
+    one, _ = whole
+    model, options = load_afa(one)
+    assert options['iterations'] == 2 and not load_segmenter(one).auxiliary
+    run = lambda *a: subprocess.run([sys.executable, '-m', 'sasformer.labels', 'pseudo', *map(str, a)], text=True,
+                                    capture_output=True)
+    done = run(one, '--split', 'val', '--out', tmp_path/'masks', '--thresholds', '0.5')
+    assert done.returncode == 0 and '4 label maps written' in done.stdout, done.stderr
+    for args, message in (((one, '--split', 'val', '--out', tmp_path/'masks'), 'there already'),
+                          ((one, '--split', 'vale', '--out', tmp_path/'m'), '--split vale: folder has train, val'),
+                          ((one, '--thresholds', '0.2,0.4', '--out', tmp_path/'m'), 'the higher first'),
+                          ((tmp_path, '--data', 'scenes', '--out', tmp_path/'m'), 'no such file')):
+        bad = run(*args)
+        assert bad.returncode == 2 and message in bad.stderr and bad.stderr.count('\n') == 1, bad.stderr
+
+def test_a_model_without_heads_says_so(tmp_path):
+    from sasformer.learner import save_segmenter
+    save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
+    with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
