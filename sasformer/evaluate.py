@@ -154,7 +154,7 @@ def eval_parser():
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
-def report(cm, src, o, machine, seconds, processes, groups=()):
+def report(cm, src, o, machine, seconds, processes, stages=None, groups=()):
     "Print the numbers and write them to `o.out`"
     from sasformer.machine import environment
     images = len(src.splits[o.split])
@@ -164,49 +164,12 @@ def report(cm, src, o, machine, seconds, processes, groups=()):
           f"on {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
     if groups:
         print('mIoU of '+', '.join(f'{k} {100*v:.2f}' for k, v in dict(all=cm.miou, **cm.group_iou(groups)).items()))
-    if not o.out: return
-    write_json(o.out, dict(
-        model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
-        window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes, groups),
-        seconds=seconds, processes=processes, **environment()))
-
-# %% ../nbs/61_evaluate.ipynb #91c77f32
-def eval_parser():
-    p = argparse.ArgumentParser(
-        prog='sasformer_eval', description="Compare a trained model's predictions with a data set's dense masks.",
-        allow_abbrev=False, epilog="Several processes share the images where a launcher starts them: "
-                                   "torchrun --nproc_per_node 2 -m sasformer.evaluate …")
-    p.add_argument('model', type=Path,
-                   help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
-    p.add_argument('--data', choices=tuple(SOURCES), default=None,
-                   help="Data set (default: the one the run was trained on)")
-    p.add_argument('--path', type=Path, default=None,
-                   help="Folder of the data set (default: the run's); scenes need none")
-    p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
-    p.add_argument('--novel', default=None, metavar='CLASSES',
-                   help="Novel classes, with commas between, for mIoU of base and novel ones (default: the run's)")
-    inference_options(p)
-    p.add_argument('--stages', action='store_true',
-                   help="Measure the label maps that AFA makes of the images' tags too, for a model that was trained "
-                        "with --method afa; at the first of --scales")
-    p.add_argument('--out', type=Path, default=None, metavar='FILE', help="Write the numbers to this JSON file too")
-    p.add_argument('--overwrite', action='store_true', help="Replace the file --out if it is there")
-    p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
-    return p
-
-def report(cm, src, o, machine, seconds, processes, stages=None):
-    "Print the numbers and write them to `o.out`"
-    from sasformer.machine import environment
-    images = len(src.splits[o.split])
-    print(table_text(cm, src.classes))
-    print(f"mIoU {100*cm.miou:.2f}, pixel accuracy {100*cm.pixel_accuracy:.2f}, "
-          f"mean accuracy {100*cm.mean_accuracy:.2f} "
-          f"on {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
     for name, m in (stages or {}).items(): print(f"{name.replace('_', ', ')}, from tags: mIoU {100*m.miou:.2f}")
     if not o.out: return
     write_json(o.out, dict(
         model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
-        crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision, **result(cm, src.classes),
+        crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
+        **result(cm, src.classes, groups),
         **({'stages': {k: result(m, src.classes) for k, m in stages.items()}} if stages else {}),
         seconds=seconds, processes=processes, **environment()))
 
@@ -239,37 +202,10 @@ def main(args=None):
         if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, window=o.window,
-                      dtype=machine.dtype)
-        if first: report(cm, src, o, machine, time.time()-start, n, groups)
-    except (ValueError, OSError, ImportError) as e: p.error(e)
-    finally: stop_processes()
-
-# %% ../nbs/61_evaluate.ipynb #656297a8
-def main(args=None):
-    "Command line of `sasformer_eval`"
-    p = eval_parser()
-    o = p.parse_args(args)
-    try:
-        if o.out and o.out.exists() and not (o.overwrite and o.out.is_file()):
-            raise FileExistsError(f"--out {o.out} is there already: --overwrite replaces a file")
-        src = open_data(o.model, o.data, o.path)
-        if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
-        from sasformer.machine import is_first, start_processes, stop_processes, this_machine
-    except (ValueError, OSError) as e: p.error(e)
-    try:
-        n, machine, first = start_processes(o.device), this_machine(o.device, o.precision), is_first()
-        from sasformer.inference import evaluate
-        model = open_model(o.model, machine.device)
-        same_classes(model, src)
-        groups = open_groups(o.model, src, o.novel)
-        if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
-        if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
-        start = time.time()
         cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
                       window=o.window, dtype=machine.dtype)
         stages = measure_stages(o, src, machine) if first and o.stages else {}
-        if first: report(cm, src, o, machine, time.time()-start, n, stages)
+        if first: report(cm, src, o, machine, time.time()-start, n, stages, groups)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
 

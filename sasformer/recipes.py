@@ -201,64 +201,14 @@ _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4',
               opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., validate_every=10, num_workers=4)
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
+_afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
+            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
 _simformer = dict(method='simformer', model='maskformer_resnet50.tv_in1k', weights='timm', bs=8, opt='adamw', lr=1e-5,
                   head_lr=10., wd=1e-4, clip=.01, warmup=0., validate_every=10, num_workers=4)
 _cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.)
 _taught = {1: 'distillation=0', 3: 'distance=bce'}   # the others: 0.1, margin
 _ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
                options='simformer:complementary=0.2,distillation=0.5', pseudo_scales=(.625, .9375, 1.25, 1.5625, 1.875))
-RECIPES = dict(
-    scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
-                size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    camvid=dict(data='camvid', options='sasformer:start=0.5+tel:sigma=0.002',
-                size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
-    folder=dict(data='folder', options='sasformer:start=0.5', size=256, epochs=50, lr=5e-4, validate_every=5),
-    voc2012_scribble=dict(_paper, annotation='scribble'),
-    voc2012_point=dict(_paper, annotation='point', options='sasformer:form=released,alpha=0.2'),
-    tel_voc2012_scribble=dict(_tel, annotation='scribble'),
-    tel_voc2012_point=dict(_tel, annotation='point'),
-    tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
-                        size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4),
-    tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150),
-    **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
-                                        options='simformer:'+_taught.get(i, '')) for i in range(1, 10)},
-    **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
-    simformer_msrc=dict(
-        _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
-        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=40, n_layers=3, size=160, width=240,
-        epochs=10, lr=2e-4, head_lr=5., wd=.01, scale_max=1.5, num_workers=0, validate_every=5,
-        options='simformer:width=64,inside=32,outside=8,novel_points=40'),
-    simformer_scenes=dict(
-        method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
-        decoder_dim=64, n_queries=12, n_layers=2, size=128, bs=8, epochs=20, lr=3e-4, clip=.01, last_stride=1,
-        validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
-
-def recipe(
-    name:str,   # One of `RECIPES`
-    **changes   # Fields to set otherwise; `method` keeps the recipe's options where it does not say otherwise
-)->Recipe:
-    "A recipe of the project, with changes"
-    if name not in RECIPES: raise ValueError(f"no recipe {name!r}: expected one of {', '.join(RECIPES)}")
-    known = [f.name for f in dataclasses.fields(Recipe)]
-    if wrong := [k for k in changes if k not in known]:
-        raise ValueError(f"a recipe has no field {wrong[0]!r}: it has {', '.join(known)}")
-    if changes.get('iterations') is not None: changes = {'epochs': None, **changes}
-    elif changes.get('epochs') is not None: changes = {'iterations': None, **changes}
-    # the recipe's is for its MiT
-    if 'mit_b' not in changes.get('model', 'mit_b'): changes = {'last_stride': None, **changes}
-    fields = {**RECIPES[name], **changes}
-    options = fields.pop('options', '')
-    fields['method'] = method_text(parse_method(fields.get('method', Recipe.method), options))
-    return Recipe(**fields)
-
-# %% ../nbs/50_recipes.ipynb #8251542e
-_paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4', last_stride=1,
-              options='sasformer:form=released', size=512, bs=16, iterations=80_000,
-              opt='sgd', lr=1e-3, head_lr=10., wd=1e-4, no_decay=False, warmup=0., validate_every=10, num_workers=4)
-_tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
-_tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
-_afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
-            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
@@ -280,7 +230,19 @@ RECIPES = dict(
                         lr=1e-4, scale_min=.25, scale_max=.55, val_scale=.4, validate_every=5, warmup=.075,
                         num_workers=0, decoder_dim=128, dropout=.1),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
-                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
+                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
+                                        options='simformer:'+_taught.get(i, '')) for i in range(1, 10)},
+    **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
+    simformer_msrc=dict(
+        _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
+        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=40, n_layers=3, size=160, width=240,
+        epochs=10, lr=2e-4, head_lr=5., wd=.01, scale_max=1.5, num_workers=0, validate_every=5,
+        options='simformer:width=64,inside=32,outside=8,novel_points=40'),
+    simformer_scenes=dict(
+        method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
+        decoder_dim=64, n_queries=12, n_layers=2, size=128, bs=8, epochs=20, lr=3e-4, clip=.01, last_stride=1,
+        validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
 
 def recipe(
     name:str,   # One of `RECIPES`
