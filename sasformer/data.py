@@ -16,7 +16,7 @@ from fastcore.all import *
 from fastai.vision.all import (TfmdDL, DataLoaders, TensorBase, TensorImage, TensorMask, DisplayedTransform,
                                rank_distrib, num_distrib, imagenet_stats)
 import textwrap
-from .annotations import UNLABELLED, PADDING, parse_annotation
+from .annotations import UNLABELLED, PADDING, image_tags, parse_annotation
 from .datasets import Source
 
 # %% ../nbs/02_data.ipynb #467ad79f
@@ -110,8 +110,12 @@ class SparseDataset:
         flip:float=.5,              # Probability of mirroring
         seed:int=0,                 # Seed of order and augmentation
         cache_mb:int=1000,          # Keep decoded images up to this many megabytes, per process
+        tags_of:str='image',        # What the tags name: classes of the whole 'image', or of the 'crop's dense mask
+        groups:dict|None=None,      # Name → ids of classes that are reported apart; None: base and novel ones
     ):
+        if tags_of not in ('image', 'crop'): raise ValueError(f"tags_of={tags_of!r}: expected 'image' or 'crop'")
         store_attr()
+        if groups is None: self.groups = src.groups(annotation)
         self.ids, self.epoch, self.vocab = list(ids), 0, list(src.classes)
         self.thin = parse_annotation(annotation.removeprefix('sim_'))[0] != 'dense'
         self._cache, self._cached = {}, 0
@@ -127,24 +131,32 @@ class SparseDataset:
             self._cache[i], self._cached = pair, self._cached+w
         return pair
 
-    def tags(self, i):
-        "Tags of item `i`, multi-hot; augmentation does not change them"
-        on = torch.zeros(len(self.vocab))
-        on[list(self.src.tags(self.ids[i]))] = 1
-        return ImageTags(on)
+# %% ../nbs/02_data.ipynb #2a0d01e5
+def _multi_hot(ids, n):
+    on = torch.zeros(n)
+    on[list(ids)] = 1
+    return ImageTags(on)
 
-    def __getitem__(self, i):
-        image, labels = self.load(i)
-        if self.augment:
-            rng = np.random.default_rng((self.seed, self.epoch, i))
-            g = Geometry.random(labels.shape, self.size, rng, self.scales, self.aspect, self.flip)
-            image = warp_image(image, g, rng.uniform(-self.brightness, self.brightness))
-            labels = warp_labels(labels, g, self.thin)
-        elif self.size is not None:
-            g = Geometry(labels.shape, self.size)
-            image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
-        image = TensorImage(torch.tensor(np.array(image)).permute(2, 0, 1))
-        return image, SparseMask(torch.tensor(np.array(labels))), self.tags(i)
+@patch
+def tags(self:SparseDataset, i, g=None):
+    "Tags of item `i`, multi-hot; augmentation (`g`) changes them where they are the crop's"
+    name, n = self.ids[i], len(self.vocab)
+    if self.tags_of == 'image' or g is None: return _multi_hot(self.src.tags(name), n)
+    return _multi_hot(image_tags(warp_labels(self.src.mask(name), g, thin=False)), n)
+
+@patch
+def __getitem__(self:SparseDataset, i):
+    (image, labels), g = self.load(i), None
+    if self.augment:
+        rng = np.random.default_rng((self.seed, self.epoch, i))
+        g = Geometry.random(labels.shape, self.size, rng, self.scales, self.aspect, self.flip)
+        image = warp_image(image, g, rng.uniform(-self.brightness, self.brightness))
+        labels = warp_labels(labels, g, self.thin)
+    elif self.size is not None:
+        g = Geometry(labels.shape, self.size)
+        image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
+    image = TensorImage(torch.tensor(np.array(image)).permute(2, 0, 1))
+    return image, SparseMask(torch.tensor(np.array(labels))), self.tags(i, g)
 
 # %% ../nbs/02_data.ipynb #c58f51fe
 def shuffled(
@@ -315,7 +327,7 @@ def sparse_dataloaders(
     cache_mb:int=1000,         # Keep decoded images up to this many megabytes per process; with workers nothing is kept
     val_cache_mb:int=200,      # The same for validation
     device=None,               # Where batches go; None: fastai's default
-    **augment                  # Passed to `SparseDataset`: scales, aspect, brightness, flip
+    **augment                  # Passed to `SparseDataset`: scales, aspect, brightness, flip, tags_of, groups
 )->DataLoaders:
     "Loaders of augmented sparse training crops and of whole validation images, each with its label map and its tags"
     src.groups(annotation)   # refuses novel classes that there are not

@@ -368,7 +368,7 @@ def sparse_learner(
     if not live: callbacks.append(EpochLines())
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
-    group = SegmentationMetrics(len(src.classes), groups=src.groups(dls.train.dataset.annotation))
+    group = SegmentationMetrics(len(src.classes), groups=dls.train.dataset.groups)
     learn = SparseLearner(dls, model, PartialCrossEntropy(), lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),

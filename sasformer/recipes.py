@@ -25,6 +25,7 @@ class Recipe:
     path:str|None = None             # Folder of the data set; scenes need none
     # Training labels: dense, point, scribble, tag, block10, block20, block50; as in 'scribble:length=0.5,drop=0.2'
     annotation:str = 'scribble'
+    tags_of:str = 'image'            # What tags name: classes of the whole image, or of each crop's hidden mask (crop)
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
     decoder_dim:int|None = None      # Channels inside the decoder; None: the decoder's own
     n_queries:int|None = None        # MaskFormer's proposals; None: 100
@@ -39,6 +40,9 @@ class Recipe:
     # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
     # sasformer:alpha=3,start=0.5+tel
     method:str = 'sasformer'
+    # Afterwards label the novel classes with the trained model and train again from these labels? (method simformer)
+    self_train:bool = False
+    pseudo_scales:tuple[float, ...] = (1.,)   # At which the model labels them; flipped too where there are several
     size:int = 128                   # Height of the training crops, pixels
     width:int|None = None            # Their width; None: as the height
     bs:int = 16                      # Batch over all processes
@@ -75,7 +79,7 @@ class Recipe:
 def check(self:Recipe):
     "Raises for values that cannot be meant, before any work"
     choices = dict(data=SOURCES, opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
-                   schedule=('poly', 'onecycle'))
+                   schedule=('poly', 'onecycle'), tags_of=('image', 'crop'))
     for name, allowed in choices.items():
         among(self, name, tuple(allowed))
     parse_annotation(self.annotation.removeprefix('sim_'))
@@ -92,6 +96,11 @@ def check(self:Recipe):
     for name in ('n_queries', 'n_layers'):
         if (n := getattr(self, name)) is not None and not self.model.startswith('maskformer_'):
             raise ValueError(f"{name}={n}: only maskformer_<timm model> has it, not {self.model}")
+    self.pseudo_scales = tuple(self.pseudo_scales)
+    if not self.pseudo_scales or not all(0 < s < math.inf for s in self.pseudo_scales):
+        raise ValueError(f"pseudo_scales={self.pseudo_scales}: expected factors above 0")
+    if self.self_train and 'simformer' not in self.methods:
+        raise ValueError(f"self_train: only of the method simformer, not of {self.method}")
     self.method = method_text(self.methods)   # the shortest text, so that equal methods are equal
 
 @patch(as_prop=True)
@@ -127,6 +136,16 @@ def machine(self:Recipe,
         began = saved_settings(folder).get('precision')
     return this_machine(device, began if began and self.precision == 'auto' else self.precision)
 
+# %% ../nbs/50_recipes.ipynb #e04e2d20
+@patch
+def retraining(self:Recipe)->Recipe:
+    "The second training of `self_train`: all classes have masks, those of the novel ones come from the first"
+    known = [f.name for f in dataclasses.fields(METHODS['maskformer'])]
+    same = {k: v for k, v in vars(self.methods['simformer']).items() if k in known}
+    others = {k: m for k, m in self.methods.items() if k != 'simformer'}
+    methods = {**others, 'maskformer': METHODS['maskformer'](**same)}
+    return dataclasses.replace(self, annotation='dense', method=method_text(methods), self_train=False)
+
 # %% ../nbs/50_recipes.ipynb #56d79a3a
 @patch
 def learner(self:Recipe,
@@ -135,16 +154,23 @@ def learner(self:Recipe,
     resume:bool=False,  # Go on with the run that is there
     tensorboard:bool=False, # Write TensorBoard logs as well
     device=None,        # None: the best there is, see `sasformer.machine`
-    cbs=None):
+    cbs=None,
+    labels=None,        # Folder of pseudo labels: the second training of `self_train`
+):
     "A `Learner` that is ready to `run`"
     from sasformer.data import sparse_dataloaders
     from sasformer.learner import RunFolder, sparse_learner
     machine = self.machine(device, folder if resume else None)
-    src = src or self.source()
-    src.precompute(self.annotation)
+    src, now, groups = src or self.source(), self, None
+    for m in self.methods.values(): m.fits(self, src)
+    if labels is not None:
+        from sasformer.pseudo import with_pseudo_labels
+        now, groups, src = self.retraining(), src.groups(self.annotation), with_pseudo_labels(src, labels)
+    src.precompute(now.annotation)
     size = self.size, self.width or self.size
-    dls = sparse_dataloaders(src, self.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers,
-                             cache_mb=self.cache_mb, device=machine.device, scales=(self.scale_min, self.scale_max))
+    dls = sparse_dataloaders(src, now.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers,
+                             cache_mb=self.cache_mb, device=machine.device, scales=(self.scale_min, self.scale_max),
+                             tags_of=self.tags_of, groups=groups)
     backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
@@ -154,7 +180,7 @@ def learner(self:Recipe,
     same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'val_scale',
             'decoder_dim', 'dropout', 'n_queries', 'n_layers')
     same = {k: getattr(self, k) for k in same}
-    learn = sparse_learner(dls, self.model, self.method, precision=machine.precision, cbs=cbs, **same, **backbone)
+    learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same, **backbone)
     learn.recipe = self
     return learn
 
@@ -177,6 +203,12 @@ _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 _afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
             opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
+_simformer = dict(method='simformer', model='maskformer_resnet50.tv_in1k', weights='timm', bs=8, opt='adamw', lr=1e-5,
+                  head_lr=10., wd=1e-4, clip=.01, warmup=0., validate_every=10, num_workers=4)
+_cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.)
+_taught = {1: 'distillation=0', 3: 'distance=bce'}   # the others: 0.1, margin
+_ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
+               options='simformer:complementary=0.2,distillation=0.5', pseudo_scales=(.625, .9375, 1.25, 1.5625, 1.875))
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
@@ -198,7 +230,19 @@ RECIPES = dict(
                         lr=1e-4, scale_min=.25, scale_max=.55, val_scale=.4, validate_every=5, warmup=.075,
                         num_workers=0, decoder_dim=128, dropout=.1),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
-                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
+                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
+                                        options='simformer:'+_taught.get(i, '')) for i in range(1, 10)},
+    **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
+    simformer_msrc=dict(
+        _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
+        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=40, n_layers=3, size=160, width=240,
+        epochs=10, lr=2e-4, head_lr=5., wd=.01, scale_max=1.5, num_workers=0, validate_every=5,
+        options='simformer:width=64,inside=32,outside=8,novel_points=40'),
+    simformer_scenes=dict(
+        method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
+        decoder_dim=64, n_queries=12, n_layers=2, size=128, bs=8, epochs=20, lr=3e-4, clip=.01, last_stride=1,
+        validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
 
 def recipe(
     name:str,   # One of `RECIPES`
