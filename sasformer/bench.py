@@ -21,7 +21,8 @@ COMMANDS = dict(
     naive="Training with all that is fast here beside the plain float32 loop, "
           "and beside the decoder as the paper writes it, with the loss curves",
     tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step",
-    par="Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU")
+    par="Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU",
+    afa="A training step with AFA in its last stage, the bare segmenter's, and AFA's parts")
 
 def bench_parser():
     p = argparse.ArgumentParser(
@@ -74,6 +75,7 @@ def bench_parser():
         c.add_argument(f'--{name}', type=int, default=value, help=what)
     c = command('par', steps=3, size=160, batch=8)
     c.add_argument('--iterations', type=int, default=10, help="Rounds of the refinement")
+    command('afa', steps=10, size=256, batch=4)
     return p
 
 # %% ../nbs/66_bench.ipynb #1d1a7faf

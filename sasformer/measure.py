@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fresh_peak', 'maps', 'Step', 'step_flops',
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
-           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'bench_par']
+           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'AFAStep', 'bench_afa', 'bench_par']
 
 # %% ../nbs/33_measure.ipynb #8cdb4218
 import argparse, contextlib, copy, subprocess, sys, tempfile, time
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
-from fastcore.all import L, partial
+from fastcore.all import L, partial, patch
 from .sasformer import Form, affinity_loss, combine, propagate_fused
 from .annotations import PADDING, UNLABELLED, write_label_map
 from .attention import AttentionTap, attention_map
-from .data import ToModel, sparse_dataloaders
+from .data import ToModel, normalise, sparse_dataloaders
 from .benchmarks import get_source
 from .datasets import open_image, scenes
 from .inference import evaluate, image_tensor, multi_scale_logits, paper_scales, predict_folder, predict_logits
@@ -375,6 +375,80 @@ def bench_tree(o)->dict:
              '--threads', o.threads, '--memory_of']
     extra = fresh_peak([*flags, 'tree'])-fresh_peak([*flags, 'inputs'])
     return dict(rows=rows, share_of_step=rows['tree energy']['ms']/rows['bare step']['ms'], extra_mb=extra)
+
+# %% ../nbs/33_measure.ipynb #benchafa1
+class AFAStep:
+    "One batch, and the parts of AFA's step on it"
+    def __init__(self, o):
+        from sasformer.afa import AFAHeads, _last_block
+        torch.manual_seed(0)
+        self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride)
+        self.tap = _last_block(self.model)
+        maps, channels = sum(a.num_heads for a, _ in self.tap._attention), self.model.backbone.feature_info.channels()
+        self.heads = AFAHeads(channels[-1], o.classes-1, maps)
+        self.images = F.interpolate(torch.rand(o.batch, 3, o.size//8, o.size//8), (o.size, o.size), mode='bilinear')
+        self.x = normalise(self.images*255)
+        self.tags = torch.zeros(o.batch, o.classes-1).scatter_(1, torch.randint(o.classes-1, (o.batch, 2)), 1)
+        self.labels = torch.randint(o.classes, (o.batch, o.size, o.size))
+
+    def forward(self):
+        "Prediction, last features, and the attention of the last block"
+        with self.tap:
+            f = self.model.features(self.x)
+            return self.model.decoder(f), f[-1], self.tap.layers
+
+    def backward(self, loss):
+        loss.backward()
+        self.model.zero_grad(); self.heads.zero_grad()
+
+    def bare(self): self.backward(partial_cross_entropy(self.forward()[0], self.labels))
+
+# %% ../nbs/33_measure.ipynb #benchafa2
+@patch
+def maps(self:AFAStep):
+    from sasformer.afa import tag_maps
+    with torch.no_grad(), self.tap: return tag_maps(self.model, self.heads, self.x, tap=self.tap)
+
+@patch
+def walk(self:AFAStep, m):
+    from sasformer.afa import propagate_maps
+    return propagate_maps(m, self.tags)
+
+@patch
+def refine(self:AFAStep, m, walked):
+    from sasformer.cam import pseudo_labels, tagged_scores
+    return pseudo_labels(self.images, *tagged_scores(m.maps, self.tags)), pseudo_labels(self.images, *walked)
+
+@patch
+def losses(self:AFAStep, logits, features, layers, of_maps, of_walk):
+    from sasformer.afa import affinity_pairs, attention_affinity, balanced_cross_entropy, pair_loss
+    label = F.interpolate(of_maps[:,None].float(), layers[0].q_size, mode='nearest')[:,0].long()
+    pairs = pair_loss(attention_affinity(layers, self.heads.affinity), *affinity_pairs(label))
+    tags = F.multilabel_soft_margin_loss(self.heads.tags(features), self.tags)
+    return tags+.1*balanced_cross_entropy(logits, of_walk)+.1*pairs
+
+@patch
+def whole(self:AFAStep):
+    out, m = self.forward(), self.maps()
+    self.backward(self.losses(*out, *self.refine(m, self.walk(m))))
+
+# %% ../nbs/33_measure.ipynb #benchafa3
+def bench_afa(o)->dict:
+    "A step of AFA's last stage, the bare segmenter's, and AFA's parts"
+    step = AFAStep(o)
+    m = step.maps()
+    walked = step.walk(m)
+    labels = step.refine(m, walked)
+    logits, features, layers = step.forward()
+    free = lambda t: t.detach().requires_grad_()
+    def losses():
+        loose = [l._replace(q=free(l.q), k=free(l.k)) for l in layers]
+        step.backward(step.losses(free(logits), free(features), loose, *labels))
+    times = alternate({'bare step': step.bare, "AFA's step": step.whole, 'its maps': step.maps,
+                       'its walk': lambda: step.walk(m), 'its refinement': lambda: step.refine(m, walked),
+                       'its losses': losses}, o.steps)
+    rows = summary(times)
+    return dict(rows=rows, refinement_share_of_step=rows['its refinement']['ms']/rows["AFA's step"]['ms'])
 
 # %% ../nbs/33_measure.ipynb #parbench2
 def bench_par(o)->dict:

@@ -204,6 +204,20 @@ TABLES.update(
         'tel-sigma.02': dict(sigma=.02, **_tel)},
         base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
+# %% ../nbs/65_paper.ipynb #afatable
+_cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), affinity=0., cam_scales='1,0.5,1.5',
+            size=160, scale_min=.3, scale_max=.65, val_scale=.45)
+TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
+    'afa': {},
+    'no-affinity': dict(affinity=0.),
+    'no-refinement': dict(par_iterations=0),
+    'one-threshold': dict(thresholds='0.45'),
+    'cnn': _cnn,
+    'points': dict(annotation='point', method='baseline'),
+    'masks': dict(annotation='dense', method='baseline')}, 3, folder='afa_voc',
+    note='Never to be compared with numbers on VOC: the images are another choice.',
+    base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
+
 # %% ../nbs/65_paper.ipynb #49c2cd02
 MSRC_NOVEL = dict(simformer_msrc='cow aeroplane bicycle sign book', simformer_msrc_2='sheep water car flower chair')
 _steps = {
