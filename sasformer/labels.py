@@ -305,13 +305,13 @@ def run_tags(o):
 def run_pseudo(o):
     "`sasformer_labels pseudo`"
     from sasformer.evaluate import open_data, same_classes
-    from sasformer.tag_labels import load_afa, write_pseudo_labels
+    from sasformer.tag_labels import load_afa, write_tag_labels
     src = open_data(o.model, o.data, o.path)
     if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
     free_to_write([o.out/f'{i}.png' for i in src.splits[o.split]], o.overwrite)
     model, options = load_afa(o.model, o.device)
     same_classes(model, src)
-    return write_pseudo_labels(model, src, o.out, o.split, o.stage, o.thresholds, o.scale, o.overwrite, _bar, **options)
+    return write_tag_labels(model, src, o.out, o.split, o.stage, o.thresholds, o.scale, o.overwrite, _bar, **options)
 
 def print_tags(stats, title):
     "How often classes are, and how often together"

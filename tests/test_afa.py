@@ -1,17 +1,17 @@
 "Masks from tags: what AFA teaches, refuses and leaves behind, in one process and in two, killed and resumed"
-import json, signal, subprocess, sys, time
-from pathlib import Path
+import signal, time
 
 import numpy as np, pytest, torch
-from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, load_heads, pair_loss, random_walk, window_mask
+from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, pair_loss, random_walk, window_mask
 from sasformer.annotations import write_label_map
 from sasformer.attention import QK
 from sasformer.cam import class_activation_maps, foreground, id_table, image_boxes, pseudo_labels, tagged_scores
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import Source, scenes
-from sasformer.learner import load_segmenter, sparse_learner
+from sasformer.labels import main
+from sasformer.learner import load_segmenter, save_segmenter, sparse_learner
 from sasformer.methods import parse_method
-from sasformer.tag_labels import evaluate_stages, load_afa, write_pseudo_labels
+from sasformer.tag_labels import evaluate_stages, load_afa
 from sasformer.segmenters import create_segmenter
 from test_train import finish, program, rows, start, weights
 
@@ -182,23 +182,21 @@ def test_killed_and_resumed(whole, tags, tmp_path):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert 'auxiliary.afa.classify.weight' in a   # without it there are no maps
 
-def test_from_tags_to_masks(whole, tmp_path):
+def test_from_tags_to_masks(whole, tmp_path, capsys):
     "The heads come back with the model, and `sasformer_labels pseudo` writes its label maps"
     one, _ = whole
     model, options = load_afa(one)
     assert options['iterations'] == 2 and not load_segmenter(one).auxiliary
-    run = lambda *a: subprocess.run([sys.executable, '-m', 'sasformer.labels', 'pseudo', *map(str, a)], text=True,
-                                    capture_output=True)
-    done = run(one, '--split', 'val', '--out', tmp_path/'masks', '--thresholds', '0.5')
-    assert done.returncode == 0 and '4 label maps written' in done.stdout, done.stderr
+    main(['pseudo', str(one), '--split', 'val', '--out', str(tmp_path/'masks'), '--thresholds', '0.5'])
+    assert '4 label maps written' in capsys.readouterr().out and len(list((tmp_path/'masks').glob('*.png'))) == 4
     for args, message in (((one, '--split', 'val', '--out', tmp_path/'masks'), 'there already'),
                           ((one, '--split', 'vale', '--out', tmp_path/'m'), '--split vale: folder has train, val'),
                           ((one, '--thresholds', '0.2,0.4', '--out', tmp_path/'m'), 'the higher first'),
                           ((tmp_path, '--data', 'scenes', '--out', tmp_path/'m'), 'no such file')):
-        bad = run(*args)
-        assert bad.returncode == 2 and message in bad.stderr and bad.stderr.count('\n') == 1, bad.stderr
+        with pytest.raises(SystemExit) as stop: main(['pseudo', *map(str, args)])
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and message in printed and printed.count('\n') == 1, printed
 
 def test_a_model_without_heads_says_so(tmp_path):
-    from sasformer.learner import save_segmenter
     save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
     with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
