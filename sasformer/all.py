@@ -28,10 +28,12 @@ from .cam import *
 from .afa import *
 from .tag_labels import *
 from .matching import *
+from .simformer import *
 from .crf import *
 from .metrics import *
 from .learner import *
 from .inference import *
+from .pseudo import *
 from .recipes import *
 from .affinity import AffinityLoss
 __all__ = [o for o in globals() if not o.startswith('_')]   # nbdev lists only what a notebook defines

@@ -236,12 +236,14 @@ RECIPES = dict(
     **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
     simformer_msrc=dict(
         _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
-        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=40, n_layers=3, size=160, width=240,
-        epochs=10, lr=2e-4, head_lr=5., wd=.01, scale_max=1.5, num_workers=0, validate_every=5,
+        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=30, n_layers=2, dropout=0., size=160,
+        width=240, epochs=10, lr=2e-4, head_lr=10., wd=.01, scale_max=1.25, val_scale=.75, num_workers=0,
+        validate_every=5,
         options='simformer:width=64,inside=32,outside=8,novel_points=40'),
     simformer_scenes=dict(
         method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
-        decoder_dim=64, n_queries=12, n_layers=2, size=128, bs=8, epochs=20, lr=3e-4, clip=.01, last_stride=1,
+        decoder_dim=64, n_queries=12, n_layers=2, dropout=0., size=128, bs=8, epochs=20, lr=5e-4, clip=.01,
+        last_stride=1,
         validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
 
 def recipe(
