@@ -130,6 +130,12 @@ def test_other_transformers(dls, model):
     with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
     assert all(np.isfinite(v) for v in learn.afa_loss.epochs[0].values())
 
+def test_with_the_regulariser_of_the_released_code(dls):
+    learn = sparse_learner(dls, 'segformer_mit_b0', 'afa:labels_from=0+crf:start=0', precision='fp32', decoder_dim=32)
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
+    assert learn.afa_loss.epochs[0]['seg'] > 0
+    assert all(np.isfinite(v) for cb in (learn.afa_loss, learn.crf_loss) for v in cb.epochs[0].values())
+
 def test_fewer_keys_than_queries_are_refused(dls):
     with pytest.raises(ValueError, match='last block of segformer_pvt_v2_b2_li has fewer keys than queries'):
         sparse_learner(dls, 'segformer_pvt_v2_b2_li', METHOD)
