@@ -61,7 +61,7 @@ def test_hidden_masks_change_nothing():
 @pytest.mark.parametrize('masks,novel', [
     ([halves(0, 1), halves(1, 0)], 'cd'),           # a batch without any novel class
     ([halves(0, 2), halves(1, 3)], 'cd'),           # a pair that shares no class
-    ([halves(2, 2), halves(0, 2)], 'c'),            # an image whose only class is novel
+    ([halves(2, 2), halves(0, 2)], 'cd'),           # an image whose only class is novel
     ([halves(2, 2), halves(3, 3)], 'cd'),           # nothing but novel classes: no base pixel at all
     ([halves(0, 0), halves(0, 0)], 'bcd')])         # one base class everywhere
 def test_unusual_batches(masks, novel):
