@@ -93,14 +93,14 @@ def doubtful_left_out(
     high, low = label[:,0], label[:,-1]
     return high.where((high > 0) | (low == 0), UNLABELLED)
 
-# %% ../nbs/22_cam.ipynb #57181fe2
+# %% ../nbs/22_cam.ipynb #285c2822
 def foreground(
     names:list,                   # Of the classes of a data set
-    background:str='background',  # The class that no tag names
+    background:str='background',  # The class that no tag names, in small or capital letters
 )->tuple:                         # Ids of the classes that tags name, and of the background; None: there is none
     "The classes that tags name, and the one that they do not"
-    ids = [i for i, name in enumerate(names) if name != background]
-    return ids, (names.index(background) if background in names else None)
+    at = next((i for i, name in enumerate(names) if name.lower() == background.lower()), None)
+    return [i for i in range(len(names)) if i != at], at
 
 def id_table(
     ids:list,              # From `foreground`
