@@ -304,7 +304,8 @@ def table_folder(table, size='mini'): return TABLES[table].folder or size
 def _defaults():
     "Of every field and option, as `flat_settings` names them"
     options = {f'{n}.{f.name}': f.default for n, cls in METHODS.items() for f in dataclasses.fields(cls)}
-    return {**{f.name: f.default for f in dataclasses.fields(Recipe)}, **json.loads(json.dumps(options))}
+    fields = {f.name: f.default for f in dataclasses.fields(Recipe)}
+    return json.loads(json.dumps({**fields, **options}))   # as in a result file: lists for tuples
 
 def differences(
     old:dict,         # Settings of a result file
