@@ -316,7 +316,8 @@ def read_tags(
     ids, table = {**{i: i for i in images}, **{f.name: i for i, f in images.items() if isinstance(f, Path)}}, {}
     for image, cell in _tag_rows(path):
         if image not in ids: raise AnnotationError(f"{path}: there is no image {image!r} among the {len(images)}")
-        names = [cell] if cell in classes else [o.strip() for o in re.split('[;|]', cell) if o.strip()]
+        between = '[;|]' if re.search('[;|]', cell) else ','   # a comma may stand in a class's own name
+        names = [cell] if cell in classes else [o.strip() for o in re.split(between, cell) if o.strip()]
         if not names: raise AnnotationError(f"{path}: image {image!r} has no tag")
         wrong = next((n for n in names if n not in classes), None)
         if wrong is not None:

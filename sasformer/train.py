@@ -279,8 +279,9 @@ def main(args=None):
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
     if result:
-        print(f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) "
-              f"in {result['seconds']:.0f} s; see {out}")
+        known = result['best_miou'] >= 0   # of a data set without masks there is none
+        miou = f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f})" if known else 'no masks, no mIoU;'
+        print(f"{miou} in {result['seconds']:.0f} s; see {out}")
 
 # %% ../nbs/60_train.ipynb #f9d09306
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

@@ -525,3 +525,10 @@ def test_groups():
     src = scenes(n_train=1, n_val=1)
     assert src.groups('dense:novel=plain ring+striped disc') == dict(base=(0, 2, 3, 4), novel=(1, 5))
     assert src.groups('scribble') == {}
+
+
+def test_tags_between_commas(tmp_path):
+    "In one cell, as people write them; a class whose own name has a comma stays whole"
+    (tmp_path/'tags.csv').write_text('image,tags\na,"cow, dog"\nb,"door, double"\nc,"door, double;cow"\n')
+    found = datasets.read_tags(tmp_path/'tags.csv', dict(a=None, b=None, c=None), ['cow', 'dog', 'door, double'])
+    assert found == dict(a=['cow', 'dog'], b=['door, double'], c=['door, double', 'cow'])
