@@ -18,13 +18,11 @@ from fastai.vision.all import Callback
 from safetensors import safe_open
 from .annotations import PADDING, UNLABELLED
 from .attention import AttentionTap
-from .cam import (doubtful_left_out, features_at, foreground, id_table, largest, pseudo_labels, refine_scores,
-                           tagged_scores, unit_range, upsampled)
+from .cam import (class_activation_maps, doubtful_left_out, foreground, id_table, pseudo_labels, refine_scores,
+                           tagged_scores, upsampled, with_padding)
 from .data import global_sum
 from .machine import n_processes
-from .methods import Method, among, fraction, not_negative, positive, register_method
-from .quick import QuickAttention
-from .segmenters import evaluating
+from .methods import Method, among, fraction, not_negative, register_method
 from .terms import LossTerm
 
 # %% ../nbs/23_afa.ipynb #4dd3a06b
@@ -149,14 +147,13 @@ def tag_maps(
     tap:AttentionTap=None, # Of the last block; None: no affinity
 )->TagMaps:
     "Class activation maps, and the affinity at the largest scale; without gradient"
-    total, affinity = 0, (None, None, None)
-    with evaluating(model, inference=False), QuickAttention():
-        for s, seen, f in features_at(model, x, scales):
-            total = total+largest(upsampled(heads.classify(f).float(), seen, x.shape[-2:], model.multiple))
-            if tap is None or s < max(scales): continue
-            layers = [l._replace(q=l.q[:len(x)], k=l.k[:len(x)]) for l in tap.layers]   # without the mirror images
-            affinity = attention_affinity(layers, heads.affinity), layers[0].q_size, seen
-    return TagMaps(unit_range(total), *affinity)
+    found = []
+    def hear(scale, seen):
+        if scale < max(scales): return
+        layers = [l._replace(q=l.q[:len(x)], k=l.k[:len(x)]) for l in tap.layers]   # without the mirror images
+        found[:] = attention_affinity(layers, heads.affinity), layers[0].q_size, seen
+    maps = class_activation_maps(model, heads.classify, x, scales, None if tap is None else hear)
+    return TagMaps(maps, *(found or (None, None, None)))
 
 # %% ../nbs/23_afa.ipynb #f88e98d6
 def propagate_maps(
@@ -167,7 +164,8 @@ def propagate_maps(
     multiple:int=1,         # Of which the backbone needs height and width
 )->tuple:                   # (B, len(background), 1+K, H, W) scores, (B, 1+K) classes, as from `tagged_scores`
     "Scores of background and tagged classes after one step along the affinity"
-    (H, W), grown = m.maps.shape[-2:], [round(n*(s+(-s)%multiple)/s) for n, s in zip(m.maps.shape[-2:], m.seen)]
+    H, W = m.maps.shape[-2:]
+    grown = with_padding((H, W), m.seen, multiple)
     maps = F.pad(m.maps, (0, grown[1]-W, 0, grown[0]-H), mode='replicate')
     maps = F.interpolate(maps, m.grid, mode='bilinear', align_corners=False)
     scores, classes = tagged_scores(maps, tags, background)

@@ -174,11 +174,10 @@ def report(cm, src, o, machine, seconds, processes, stages=None, groups=()):
         seconds=seconds, processes=processes, **environment()))
 
 # %% ../nbs/61_evaluate.ipynb #stages01
-def measure_stages(o, src, machine):
+def measure_stages(model, options, src, o):
     "Name of each of AFA's stages → `ConfusionMatrix`"
     from sasformer.machine import with_lines
-    from sasformer.tag_labels import evaluate_stages, load_afa
-    model, options = load_afa(o.model, machine.device)
+    from sasformer.tag_labels import evaluate_stages
     return evaluate_stages(model, src, o.split, o.scales[0], lambda ids: with_lines(ids, 'images'), **options)
 
 # %% ../nbs/61_evaluate.ipynb #656297a8
@@ -196,7 +195,10 @@ def main(args=None):
     try:
         n, machine, first = start_processes(o.device), this_machine(o.device, o.precision), is_first()
         from sasformer.inference import evaluate
-        model = open_model(o.model, machine.device)
+        if o.stages:   # a model without AFA's heads is refused before anything is measured
+            from sasformer.tag_labels import load_afa
+            model, options = load_afa(o.model, machine.device)
+        else: model = open_model(o.model, machine.device)
         same_classes(model, src)
         groups = open_groups(o.model, src, o.novel)
         if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
@@ -204,7 +206,7 @@ def main(args=None):
         start = time.time()
         cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
                       window=o.window, dtype=machine.dtype)
-        stages = measure_stages(o, src, machine) if first and o.stages else {}
+        stages = measure_stages(model, options, src, o) if first and o.stages else {}
         if first: report(cm, src, o, machine, time.time()-start, n, stages, groups)
     except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()

@@ -16,6 +16,7 @@ from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS
                                    tag_statistics, write_label_map)
 from .benchmarks import SOURCES, get_source
 from .datasets import Source, write_tags, _class_names, _listing
+from .evaluate import usable_device
 from .methods import STAGES
 
 # %% ../nbs/63_labels.ipynb #2588e6cb
@@ -234,7 +235,7 @@ def _pseudo_options(p):
                         "(default: 0.55,0.35)")
     p.add_argument('--scale', type=size_factor, default=1., metavar='FACTOR',
                    help="Size at which the network looks, as a factor of the image's (default: 1)")
-    p.add_argument('--device', default='cpu', help="cpu, cuda, cuda:1, mps … (default: cpu)")
+    p.add_argument('--device', type=usable_device, default='cpu', help="cpu, cuda, cuda:1, mps … (default: cpu)")
 
 # %% ../nbs/63_labels.ipynb #ee693b6d
 _PNGS = ("In a data set's folder under the name of their kind (scribble, point …) the PNGs are its labels: "

@@ -29,3 +29,14 @@ class KeepPrecision(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.softmax: kwargs = {n: a for n, a in kwargs.items() if n != 'dtype'}
         return func(*args, **(kwargs or {}))
+
+
+def write_folder(src, path):
+    "A data set's images, masks and class names in the layout of `folder`"
+    from sasformer.annotations import write_label_map
+    for split, ids in src.splits.items():
+        for d in ('images', 'masks'): (path/d/split).mkdir(parents=True)
+        for i in ids:
+            src.image(i).save(path/'images'/split/f'{i}.png')
+            write_label_map(path/'masks'/split/f'{i}.png', src.mask(i), src.palette)
+    (path/'codes.txt').write_text('\n'.join(src.classes))

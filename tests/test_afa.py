@@ -1,18 +1,19 @@
 "Masks from tags: what AFA teaches, refuses and leaves behind, in one process and in two, killed and resumed"
-import signal, time
+import json, signal, time
 
 import numpy as np, pytest, torch
 from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, pair_loss, random_walk, window_mask
-from sasformer.annotations import write_label_map
 from sasformer.attention import QK
 from sasformer.cam import class_activation_maps, foreground, id_table, image_boxes, pseudo_labels, tagged_scores
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import Source, scenes
+from sasformer.evaluate import main as evaluate
 from sasformer.labels import main
 from sasformer.learner import load_segmenter, save_segmenter, sparse_learner
-from sasformer.methods import parse_method
+from sasformer.methods import STAGES, parse_method
 from sasformer.tag_labels import evaluate_stages, load_afa
 from sasformer.segmenters import create_segmenter
+from conftest import write_folder
 from test_train import finish, program, rows, start, weights
 
 METHOD = 'afa:labels_from=0.3,propagated_from=0.6,par_iterations=2'
@@ -27,12 +28,7 @@ def dls(src): return sparse_dataloaders(src, 'tag', size=64, bs=8)
 def tags(src, tmp_path_factory):
     "A folder of scenes, and the options to train on its tags"
     path = tmp_path_factory.mktemp('afa')/'scenes'
-    for split, ids in src.splits.items():
-        for d in ('images', 'masks'): (path/d/split).mkdir(parents=True)
-        for i in ids:
-            src.image(i).save(path/'images'/split/f'{i}.png')
-            write_label_map(path/'masks'/split/f'{i}.png', src.mask(i), src.palette)
-    (path/'codes.txt').write_text('\n'.join(src.classes))
+    write_folder(src, path)
     return ('--data', 'folder', '--path', path, '--annotation', 'tag', '--method', METHOD, '--epochs', 3, '--bs', 8)
 
 @pytest.fixture(scope='module')
@@ -198,11 +194,22 @@ def test_from_tags_to_masks(whole, tmp_path, capsys):
     for args, message in (((one, '--split', 'val', '--out', tmp_path/'masks'), 'there already'),
                           ((one, '--split', 'vale', '--out', tmp_path/'m'), '--split vale: folder has train, val'),
                           ((one, '--thresholds', '0.2,0.4', '--out', tmp_path/'m'), 'the higher first'),
+                          ((one, '--device', 'cuda:9', '--out', tmp_path/'m'), 'cuda:9'),
                           ((tmp_path, '--data', 'scenes', '--out', tmp_path/'m'), 'no such file')):
         with pytest.raises(SystemExit) as stop: main(['pseudo', *map(str, args)])
         printed = capsys.readouterr().err
         assert stop.value.code == 2 and message in printed and printed.count('\n') == 1, printed
 
-def test_a_model_without_heads_says_so(tmp_path):
+def test_eval_measures_every_stage(whole, tmp_path):
+    evaluate([str(whole[0]), '--stages', '--out', str(tmp_path/'found.json')])
+    found = json.loads((tmp_path/'found.json').read_text())
+    assert list(found['stages']) == list(STAGES)
+    pixels = {sum(o['pixels'].values()) for o in (found, *found['stages'].values())}
+    assert len(pixels) == 1 and all(0 <= o['miou'] <= 1 for o in found['stages'].values())
+
+def test_a_model_without_heads_says_so(tmp_path, capsys):
     save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
     with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
+    with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes', '--stages'])
+    printed = capsys.readouterr()
+    assert 'holds no heads of AFA' in printed.err and printed.err.count('\n') == 1 and not printed.out

@@ -3,6 +3,7 @@ import argparse, csv, json, os, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
+from conftest import write_folder
 from sasformer import evaluate, labels, predict, train
 from sasformer.annotations import SCRIBBLE_TAGS, read_label_map, simulate, write_label_map
 from sasformer.benchmarks import get_source
@@ -16,12 +17,7 @@ PROGRAMS = dict(sasformer_train='train', sasformer_eval='evaluate', sasformer_pr
 def home(tmp_path_factory):
     "A data set in the layout of `folder`: 8 + 4 small scenes"
     path, src = tmp_path_factory.mktemp('data')/'set', scenes(n_train=8, n_val=4, size=64)
-    for split, ids in src.splits.items():
-        for d in ('images', 'masks'): (path/d/split).mkdir(parents=True)
-        for i in ids:
-            src.image(i).save(path/'images'/split/f'{i}.png')
-            write_label_map(path/'masks'/split/f'{i}.png', src.mask(i), src.palette)
-    (path/'codes.txt').write_text('\n'.join(src.classes))
+    write_folder(src, path)
     return path
 
 
