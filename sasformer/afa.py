@@ -102,8 +102,10 @@ class AFAHeads(nn.Module):
         channels:int,   # Of the last features
         n_classes:int,  # That tags can name: all but the background
         n_maps:int=0,   # Attention maps of the last block, layers × heads; 0: no affinity
+        pooling:str='max',  # Over positions, before the classes: max (paper) or average
     ):
         super().__init__()
+        self.pooling = pooling
         self.classify = nn.Conv2d(channels, n_classes, 1, bias=False)
         self.affinity = nn.Conv2d(n_maps, 1, 1) if n_maps else None
         if n_maps: nn.init.normal_(self.affinity.weight, std=3**-.5)   # as released
@@ -112,7 +114,8 @@ class AFAHeads(nn.Module):
         features:Tensor,  # The last features, (B, channels, h, w)
     )->Tensor:            # Scores of the classes, (B, n_classes)
         "Is the class in the image?"
-        return self.classify(features.amax((2, 3), keepdim=True)).flatten(1)
+        pooled = features.mean((2, 3), True) if self.pooling == 'average' else features.amax((2, 3), True)
+        return self.classify(pooled).flatten(1)
 
 def load_heads(
     model:nn.Module,  # From `load_segmenter`; gets the heads
@@ -195,6 +198,7 @@ class AFALoss(LossTerm):
         par_iterations:int=10,     # Of the pixel-adaptive refinement; 0: none
         dilations=(1, 2, 4, 8, 12, 24), # Of its neighbours
         background:str='background', # Class that no tag names; a data set may lack it
+        pooling:str='max',         # Of the last features, for the tags: max (paper) or average
         weight:float=1., start:float=0., warmup:float=0., # As for `LossTerm`
     ):
         super().__init__(weight, start, warmup)
@@ -223,7 +227,7 @@ def after_create(self:AFALoss):
         raise ValueError(f"afa: background={self.background!r}: expected one of {', '.join(names)}")
     if self.affinity: self._tap = _last_block(self.bare)
     n_maps = sum(a.num_heads for a, _ in self._tap._attention) if self.affinity else 0
-    new = AFAHeads(self.bare.backbone.feature_info.channels()[-1], len(self.classes), n_maps)
+    new = AFAHeads(self.bare.backbone.feature_info.channels()[-1], len(self.classes), n_maps, self.pooling)
     old = self.bare.auxiliary['afa'] if 'afa' in self.bare.auxiliary else None
     shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
     if old is not None and shapes(old) == shapes(new): return   # another learner has begun to train them

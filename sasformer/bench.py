@@ -22,7 +22,8 @@ COMMANDS = dict(
           "and beside the decoder as the paper writes it, with the loss curves",
     tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step",
     par="Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU",
-    afa="A training step with AFA in its last stage, the bare segmenter's, and AFA's parts")
+    afa="A training step with AFA in its last stage, the bare segmenter's, and AFA's parts",
+    simformer="A training step of SimFormer and of a plain MaskFormer, and a prediction of each")
 
 def bench_parser():
     p = argparse.ArgumentParser(
@@ -44,14 +45,15 @@ def bench_parser():
         else:
             c.add_argument('--steps', type=int, default=defaults['steps'], help='Rounds')
         if name not in ('loader', 'par'):
-            c.add_argument('--model', default='mit_b0', help="Encoder, mit_b0 … mit_b5")
+            c.add_argument('--model', default=defaults.get('model', 'mit_b0'),
+                           help="Encoder, mit_b0 … mit_b5" if 'model' not in defaults else "Encoder, any timm backbone")
             c.add_argument('--last_stride', type=int, default=defaults.get('last_stride', 1), choices=(1, 2),
                            help="Stride of the last block; 1 as in the recipes")
         if not images:
             c.add_argument('--device', default='cpu', help="cpu, cuda …")
             c.add_argument('--size', type=int, default=defaults['size'], help="Side of the images, pixels")
             c.add_argument('--batch', type=int, default=defaults['batch'], help="Images in a batch")
-            c.add_argument('--classes', type=int, default=21, help='Classes')
+            if name != 'simformer': c.add_argument('--classes', type=int, default=21, help='Classes')
             c.add_argument('--memory_of', help=argparse.SUPPRESS)
         if not images and name != 'par':
             c.add_argument('--precision', choices=('auto', 'fp32', 'bf16'), default='auto',
@@ -76,6 +78,8 @@ def bench_parser():
     c = command('par', steps=3, size=160, batch=8)
     c.add_argument('--iterations', type=int, default=10, help="Rounds of the refinement")
     command('afa', steps=10, size=256, batch=4)
+    c = command('simformer', steps=5, size=512, batch=2, model='resnet50')
+    c.add_argument('--method', default='simformer', help="With its options: simformer:width=64,…")
     return p
 
 # %% ../nbs/66_bench.ipynb #1d1a7faf

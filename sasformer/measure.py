@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fresh_peak', 'maps', 'Step', 'step_flops',
            'bench_step', 'bench_loader', 'equal_models', 'loop_of_transformers', 'bench_predict', 'one_at_a_time',
-           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'AFAStep', 'bench_afa', 'bench_par']
+           'bench_evaluate', 'bench_naive', 'scipy_filter', 'bench_tree', 'AFAStep', 'bench_afa', 'LearnerStep',
+           'bench_simformer', 'bench_par']
 
 # %% ../nbs/33_measure.ipynb #8cdb4218
 import argparse, contextlib, copy, subprocess, sys, tempfile, time
@@ -449,6 +450,56 @@ def bench_afa(o)->dict:
                        'its losses': losses}, o.steps)
     rows = summary(times)
     return dict(rows=rows, refinement_share_of_step=rows['its refinement']['ms']/rows["AFA's step"]['ms'])
+
+# %% ../nbs/33_measure.ipynb #benchsim1
+class LearnerStep:
+    "A training of the built-in scenes, one step at a time"
+    def __init__(self, o, method, annotation):
+        from sasformer.learner import sparse_learner
+        src = scenes(n_train=o.batch, n_val=1, size=o.size)
+        dls = sparse_dataloaders(src, annotation, o.size, o.batch, device=torch.device(o.device), scales=(1., 1.5),
+                                 groups=src.groups(annotation))
+        options = {'last_stride': o.last_stride} if o.model.startswith('mit_b') else {}
+        self.learn = sparse_learner(dls, f'maskformer_{o.model}', method, lr=1e-6, precision=o.precision,
+                                    channels_last=o.channels_last, **options)
+        self.begin()
+
+    def begin(self):
+        "What `fit` does before the first batch"
+        learn = self.learn
+        for cb in [cb for cb in learn.cbs if cb.name in ('recorder', 'epoch_lines', 'progress')]: learn.remove_cb(cb)
+        learn.create_opt()
+        learn.n_epoch, learn.epoch, learn.dl, learn.n_iter = 1, 0, learn.dls.train, len(learn.dls.train)
+        for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
+        self.batch = next(iter(learn.dls.train))
+
+    def train(self):
+        self.learn.model.train()
+        self.learn.one_batch(0, self.batch)
+
+    def predict(self):
+        self.learn.model.eval()
+        with torch.no_grad(): return self.learn.model(self.batch[0].as_subclass(torch.Tensor))
+
+# %% ../nbs/33_measure.ipynb #benchsim2
+def bench_simformer(o)->dict:
+    "A training step of SimFormer and of a plain MaskFormer, and a prediction of each"
+    weak = 'dense:novel=plain ring+striped disc'
+    made = {'maskformer': ('maskformer', 'dense'), 'simformer': (o.method, weak)}
+    if o.memory_of:
+        step = LearnerStep(o, *made[o.memory_of])
+        for _ in range(2): step.train()
+        return resident_peak()
+    steps = {name: LearnerStep(o, *m) for name, m in made.items()}
+    sync = torch.cuda.synchronize if torch.device(o.device).type == 'cuda' else None
+    rows = summary(alternate({name: s.train for name, s in steps.items()}, o.steps, 1, sync))
+    seen = summary(alternate({f'{name}, prediction': s.predict for name, s in steps.items()}, o.steps, 1, sync))
+    if sync is None:
+        valued = 'model', 'size', 'batch', 'method', 'precision', 'threads'
+        flags = ['simformer', *(f for k in valued for f in (f'--{k}', getattr(o, k))), '--memory_of']
+        for name in made: rows[name]['peak_mb'] = fresh_peak([*flags, name])
+        rows['simformer']['memory_ratio'] = rows['simformer']['peak_mb']/rows['maskformer']['peak_mb']
+    return dict(rows={**rows, **seen})
 
 # %% ../nbs/33_measure.ipynb #parbench2
 def bench_par(o)->dict:

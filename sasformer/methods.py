@@ -301,11 +301,13 @@ class AFA(Method):
     par_iterations:int = 10                  # Of the pixel-adaptive refinement; 15 on COCO, 0: none
     dilations:tuple[int, ...] = (1, 2, 4, 8, 12, 24)  # Distances of its neighbours, pixels at half the crop's size
     background:str = 'background'            # Class that no tag names; a data set may lack it
+    pooling:str = 'max'                      # Of the last features, for the tags: max (paper) or average
     freeze_norms:bool = True                 # Leave the norms of the backbone as pretrained
 
     def check(self):
         not_negative(self, 'segmentation', 'affinity', 'par_iterations', 'radius')
         among(self, 'affinity_label', ('cam', 'same'))
+        among(self, 'pooling', ('max', 'average'))
         fraction(self, 'labels_from', 'propagated_from')
         if self.propagated_from < self.labels_from:
             raise ValueError(f"propagated_from={self.propagated_from}: "

@@ -236,8 +236,8 @@ RECIPES = dict(
     **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
     simformer_msrc=dict(
         _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
-        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=30, n_layers=2, dropout=0., size=160,
-        width=240, epochs=10, lr=2e-4, head_lr=10., wd=.01, scale_max=1.25, val_scale=.75, num_workers=0,
+        model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=30, n_layers=2, dropout=0., size=128,
+        width=192, epochs=20, lr=2e-4, head_lr=10., wd=.01, scale_max=1., val_scale=.6, num_workers=0,
         validate_every=5,
         options='simformer:width=64,inside=32,outside=8,novel_points=40'),
     simformer_scenes=dict(
