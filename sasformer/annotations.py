@@ -103,12 +103,18 @@ def replacing(
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
 
+def _valid(data):
+    "The same without numbers that JSON does not have"
+    if isinstance(data, dict): return {k: _valid(v) for k, v in data.items()}
+    if isinstance(data, (list, tuple)): return [_valid(v) for v in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
 def write_json(
     path,  # File to write
-    data,  # What JSON can hold
+    data,  # What JSON can hold; numbers that are not finite become null
 ):
     "Write `data` as JSON, replacing the file in one step"
-    with replacing(path) as unfinished: unfinished.write_text(json.dumps(data, indent=1)+'\n', encoding='utf-8')
+    with replacing(path) as unfinished: unfinished.write_text(json.dumps(_valid(data), indent=1, allow_nan=False)+'\n', encoding='utf-8')
 
 def write_label_map(
     path,         # Where to; an existing file is replaced, in one step

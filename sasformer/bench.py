@@ -8,6 +8,7 @@ __all__ = ['VARIANTS', 'COMMANDS', 'bench_parser', 'table', 'main']
 # %% ../nbs/66_bench.ipynb #74b07a48
 import argparse, os
 from pathlib import Path
+from .programs import program
 from .annotations import write_json
 
 # %% ../nbs/66_bench.ipynb #da17454f
@@ -90,6 +91,7 @@ def table(rows:dict)->str:
     number = lambda v: f'{v:.3f}' if abs(v) < 10 else f'{v:.1f}'
     return pd.DataFrame.from_dict(flat, orient='index').to_string(float_format=number, na_rep='')
 
+@program('sasformer_bench')
 def main(args=None):
     "Command line of `sasformer_bench`"
     p = bench_parser()
@@ -99,13 +101,11 @@ def main(args=None):
     from sasformer.machine import environment, keep_freed_memory, this_machine
     torch.set_num_threads(o.threads)
     if o.keep_memory: keep_freed_memory()
-    try:
-        machine = this_machine(getattr(o, 'device', None) or 'cpu', getattr(o, 'precision', 'fp32'))
-        o.precision = machine.precision
-        if not getattr(o, 'memory_of', None): print(f"{o.command} on {machine}", flush=True)
-        with measure.alive(f'measuring {o.command}', not getattr(o, 'memory_of', None)):
-            result = getattr(measure, f'bench_{o.command}')(o)
-    except (ValueError, OSError, RuntimeError) as e: p.exit(1, f'{p.prog} {o.command}: error: {e}\n')
+    machine = this_machine(getattr(o, 'device', None) or 'cpu', getattr(o, 'precision', 'fp32'))
+    o.precision = machine.precision
+    if not getattr(o, 'memory_of', None): print(f"{o.command} on {machine}", flush=True)
+    with measure.alive(f'measuring {o.command}', not getattr(o, 'memory_of', None)):
+        result = getattr(measure, f'bench_{o.command}')(o)
     if isinstance(result, float): return print(result)   # of a process that measures its memory
     print(table(result['rows']))
     for k, v in result.items():

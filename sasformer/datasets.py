@@ -378,6 +378,14 @@ def check(self:Source,
                           + '\n  '.join(bad[:5]) + '\n  …'*(len(bad) > 5))
     return self
 
+@patch
+def without_unlabelled(self:Source)->tuple:   # The data set, and the ids of the images that it lost
+    "The data set without the images that nothing labels"
+    labelled = set(self.masks).union(self.tag_table or (), *(r.ids for r in self.released.values()))
+    splits = {k: [i for i in v if i in labelled] for k, v in self.splits.items()}
+    lost = [i for v in self.splits.values() for i in v if i not in labelled]
+    return (dataclasses.replace(self, splits=splits) if lost else self), lost
+
 # %% ../nbs/01_datasets.ipynb #b81bc1f0
 class MaskFolder:
     "Sparse masks released as one PNG per image"

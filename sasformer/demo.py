@@ -8,6 +8,7 @@ __all__ = ['compare_sheet', 'demo', 'draw_demo', 'main']
 # %% ../nbs/64_demo.ipynb #9c49944e
 import argparse, json, os, subprocess, sys, time
 from pathlib import Path
+from .programs import program
 from .annotations import replacing, write_json
 from .recipes import recipe
 from .train import ShowRuns
@@ -89,6 +90,7 @@ def draw_demo(out, methods):
     with replacing(out/'demo.png') as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
 # %% ../nbs/64_demo.ipynb #da33bbc6
+@program('python -m sasformer.demo')
 def main(args=None):
     p = argparse.ArgumentParser(prog='python -m sasformer.demo',
                                 description="Baseline and SASFormer on the built-in scenes.")

@@ -9,6 +9,7 @@ __all__ = ['scale_list', 'window_side', 'usable_device', 'inference_options', 'o
 # %% ../nbs/61_evaluate.ipynb #7a5de9d5
 import argparse, json, math, time
 from pathlib import Path
+from .programs import program
 from .annotations import write_json
 from .benchmarks import SOURCES, get_source
 from .recipes import PRECISIONS   # what needs torch is imported where it is used: `--help` is quick
@@ -181,17 +182,16 @@ def measure_stages(model, options, src, o):
     return evaluate_stages(model, src, o.split, o.scales[0], lambda ids: with_lines(ids, 'images'), **options)
 
 # %% ../nbs/61_evaluate.ipynb #656297a8
+@program('sasformer_eval')
 def main(args=None):
     "Command line of `sasformer_eval`"
     p = eval_parser()
     o = p.parse_args(args)
-    try:
-        if o.out and o.out.exists() and not (o.overwrite and o.out.is_file()):
-            raise FileExistsError(f"--out {o.out} is there already: --overwrite replaces a file")
-        src = open_data(o.model, o.data, o.path)
-        if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
-        from sasformer.machine import is_first, start_processes, stop_processes, this_machine
-    except (ValueError, OSError) as e: p.error(e)
+    if o.out and o.out.exists() and not (o.overwrite and o.out.is_file()):
+        raise FileExistsError(f"--out {o.out} is there already: --overwrite replaces a file")
+    src = open_data(o.model, o.data, o.path)
+    if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
+    from sasformer.machine import is_first, start_processes, stop_processes, this_machine
     try:
         n, machine, first = start_processes(o.device), this_machine(o.device, o.precision), is_first()
         from sasformer.inference import evaluate
@@ -208,7 +208,6 @@ def main(args=None):
                       window=o.window, dtype=machine.dtype)
         stages = measure_stages(model, options, src, o) if first and o.stages else {}
         if first: report(cm, src, o, machine, time.time()-start, n, stages, groups)
-    except (ValueError, OSError, ImportError) as e: p.error(e)
     finally: stop_processes()
 
 # %% ../nbs/61_evaluate.ipynb #f40b2da1

@@ -11,6 +11,7 @@ __all__ = ['free_to_write', 'simulate_labels', 'label_reader', 'convert_labels',
 import argparse, sys
 from pathlib import Path
 from fastprogress.fastprogress import progress_bar
+from .programs import program
 from .annotations import (AnnotationError, PointFile, ScribbleXML, SCRIBBLE_TAGS, TagStatistics,
                                    label_statistics, parse_annotation, read_label_map, replacing, simulate,
                                    tag_statistics, write_label_map)
@@ -320,19 +321,18 @@ def print_tags(stats, title):
     there = stats.per_class.index[stats.per_class.images > 0]
     print(f"\nimages that two classes are both in:\n{stats.together.loc[there, there].to_string()}\n{title}")
 
+@program('sasformer_labels')
 def main(args=None):
     "Command line of `sasformer_labels`"
     p = labels_parser()
     o = p.parse_args(args)
-    try:
-        if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
-        if o.job != 'stats':
-            done = dict(simulate=run_simulate, convert=run_convert, pseudo=run_pseudo)[o.job](o)
-            return print(f"{len(done)} label maps written to {o.out}")
-        parse_annotation(o.annotation.removeprefix('sim_'))
-        src = get_source(o.data, o.path)
-        stats = count_labels(src, o.annotation, o.split, o.out, o.overwrite)
-    except (ValueError, OSError) as e: p.error(e)
+    if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
+    if o.job != 'stats':
+        done = dict(simulate=run_simulate, convert=run_convert, pseudo=run_pseudo)[o.job](o)
+        return print(f"{len(done)} label maps written to {o.out}")
+    parse_annotation(o.annotation.removeprefix('sim_'))
+    src = get_source(o.data, o.path)
+    stats = count_labels(src, o.annotation, o.split, o.out, o.overwrite)
     where = f"; see {o.out}" if o.out else ''
     if isinstance(stats, TagStatistics):
         return print_tags(stats, f"tags of {len(src.splits[o.split])} images ({src.name} {o.split}){where}")

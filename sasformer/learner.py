@@ -6,11 +6,11 @@
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'PlainTensors', 'Autocast',
            'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock', 'EpochLines', 'ValidateAtScale',
            'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner',
-           'UseSampleOrder', 'sparse_learner', 'save_segmenter', 'load_segmenter', 'RunFolder', 'saved_settings',
-           'rows_to_csv']
+           'Diverged', 'StopWhereDiverged', 'UseSampleOrder', 'sparse_learner', 'save_segmenter', 'load_segmenter',
+           'RunFolder', 'saved_settings', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
-import csv, inspect, io, json, math, re, sys, time
+import csv, hashlib, inspect, io, json, math, re, sys, time
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
 from torch import Tensor
@@ -26,6 +26,7 @@ from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
 from .data import ToModel, global_sum, statistics_of
 from .methods import flat_settings, parse_method
+from .programs import lock_file
 from .segmenters import create_segmenter
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
@@ -281,6 +282,22 @@ class SparseLearner(Learner):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
 
 # %% ../nbs/31_learner.ipynb #31a0c002
+class Diverged(ValueError): "A training whose loss or weights are no numbers any more"
+
+class StopWhereDiverged(Callback):
+    "Looks at loss and weights once an epoch, before they are measured and saved"
+    def before_train(self): self._losses = []
+    def after_batch(self):
+        if self.training: self._losses.append(self.loss.detach())
+    def after_train(self):
+        weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
+        # with several processes the losses differ, and all must stop: what one of them adds to the weights, all have
+        loss = torch.stack(self._losses).isfinite().all() if n_processes() == 1 and self._losses else True
+        if weights and loss: return
+        what = 'the loss is' if weights else 'weights are'
+        raise Diverged(f"epoch {self.epoch+1}: the training has diverged, {what} not finite any more; lower the "
+                       "learning rate (lr, head_lr) or the weight of what the method adds")
+
 class UseSampleOrder(Callback):
     "The training samples in the order that a method needs, during a fit"
     def __init__(self, of_epoch): self.of_epoch, self.old = of_epoch, None   # Training data set → indices of an epoch
@@ -302,7 +319,7 @@ def _sample_order(methods):
 
 def _callbacks(seed, channels_last, precision, validate_every, val_scale, order, clip):
     "What a learner needs beside its method"
-    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention()]
+    callbacks = [PlainTensors(), SeedEpoch(seed), UseQuickAttention(), StopWhereDiverged()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(MixedPrecision())
@@ -430,18 +447,23 @@ class RunFolder(Callback):
         settings:dict=None,      # Of the run, for `result.json`; resuming with others is refused
         resume:bool=False,       # Go on with the run that is there?
         tensorboard:bool=False,  # Write TensorBoard logs as well (needs the extra `tensorboard`)
+        about:dict=None,         # Written to `settings.json` when the run begins
+        allow_changes:bool=False,  # Go on with other images than the run began with
     ):
-        self.folder, self.settings, self.resume, self.tensorboard = Path(folder), settings or {}, resume, tensorboard
+        store_attr('resume,tensorboard,about,allow_changes')
+        self.folder, self.settings, self._lock = Path(folder), settings or {}, None
         self.rows, self.best, self.iou = [], -1., None
 
     def before_fit(self):
-        state = self.folder/'state.pt'
-        if state.exists() and not self.resume:
-            raise FileExistsError(f"{self.folder} holds a run of {_read_state(state)['epochs']} epochs: resume it, "
-                                  "or choose another folder")
+        state = check_run(self.folder, self.settings, self.resume)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if is_first():
+            self._lock = lock_file(self.folder/'.lock')
+            if self._lock is None: raise FileExistsError(f"{self.folder}: another training is at work here")
+            for left in self.folder.glob('.*.tmp'): left.unlink()   # of a process that was killed while it wrote
         self.learn.first_epoch = 0
-        if state.exists(): self._restore(_read_state(state))
+        if state: self._restore(state)
+        elif self.about and is_first(): write_json(self.folder/'settings.json', dict(self.about, **environment()))
         if self.tensorboard and is_first():
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.folder)
@@ -459,11 +481,48 @@ def saved_settings(
     state = Path(folder)/'state.pt'
     return json.loads(_read_state(state)['settings']) if state.exists() else {}
 
+_written = 'log.csv', 'result.json', 'model.json', 'best.safetensors', 'last.safetensors', 'curves.png', 'examples.png'
+
+def check_run(
+    folder:Path,        # Of a run
+    settings:dict,      # Of the run that is to begin or to go on
+    resume:bool=False,  # Is it to go on?
+)->dict|None:           # The state to go on from; None: from the start
+    "What lies in a folder, judged before any work: nothing of another run or of somebody else is overwritten"
+    folder = Path(folder)
+    path = folder/'state.pt'
+    if not path.exists():
+        there = [name for name in _written if (folder/name).exists()]
+        # the files of a first epoch are written before its state
+        if there and not (resume and (folder/'settings.json').exists()):
+            raise FileExistsError(f"{folder} holds {', '.join(there)} of another run or of somebody else: "
+                                  "choose another folder")
+        return None
+    state = _read_state(path)
+    if not resume:
+        raise FileExistsError(f"{folder} holds a run of {state['epochs']} epochs: resume it, or choose another folder")
+    old, new = flat_settings(json.loads(state['settings'])), flat_settings(settings)
+    if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
+        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}")
+    return state
+
+@patch
+def _data(self:RunFolder):
+    "What a run must find again: its classes, and a digest of its images' names"
+    train, valid = (dl.dataset for dl in self.dls.loaders[:2])
+    names = '\n'.join([*map(str, train.ids), '', *map(str, valid.ids)])
+    return dict(classes=list(map(str, train.src.classes)), images=f'{len(train.ids)}+{len(valid.ids)}',
+                digest=hashlib.sha256(names.encode()).hexdigest()[:16])
+
 @patch
 def _restore(self:RunFolder, s):
-    old, new = flat_settings(json.loads(s['settings'])), flat_settings(self.settings)
-    if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
-        raise ValueError(f"{self.folder} holds a run with other settings: {'; '.join(differ)}")
+    old, new = s.get('data'), self._data()   # a state from before November 2026 does not say
+    if old and old['classes'] != new['classes']:
+        raise ValueError(f"{self.folder}: the run began with the classes {', '.join(old['classes'])}; "
+                         f"now they are {', '.join(new['classes'])}")
+    if old and old != new and not self.allow_changes:
+        raise ValueError(f"{self.folder}: the run began with {old['images']} images for training and validation, now "
+                         f"there are {new['images']} or their names or order differ: --allow_changes goes on with these")
     if s['epochs'] == s['n_epoch'] == self.n_epoch and (self.folder/'result.json').exists():
         raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
     if s['n_epoch'] != self.n_epoch:
@@ -503,7 +562,8 @@ def after_epoch(self:RunFolder):
     for g in opt['param_groups']:
         g.update({k: v.item() for k, v in g.items() if isinstance(v, np.generic)})  # the safe loader knows no NumPy
     scaler = getattr(self.learn, 'scaler', None)
-    state = dict(settings=json.dumps(self.settings, sort_keys=True), epochs=self.epoch+1, n_epoch=self.n_epoch,
+    state = dict(settings=json.dumps(self.settings, sort_keys=True), data=self._data(),
+                 epochs=self.epoch+1, n_epoch=self.n_epoch,
                  rows=self.rows, best=self.best, iou=self.iou, scaler=scaler.state_dict() if scaler else None,
                  model=self.model.state_dict(), opt=opt)
     with replacing(self.folder/'state.pt') as tmp: torch.save(state, tmp)
@@ -517,8 +577,18 @@ def _save(self:RunFolder, name):
     save_segmenter(self.model, self.folder, name, src.classes, src.palette)
 
 @patch
+def release(self:RunFolder):
+    if self._lock is not None: self._lock.close()
+    self._lock = None
+
+@patch
 def after_fit(self:RunFolder):
     self.learn.first_epoch = 0
+    try: self._finish()
+    finally: self.release()
+
+@patch
+def _finish(self:RunFolder):
     if self.tensorboard and is_first(): self.board.close()
     if not is_first() or not self.rows or self.rows[-1]['epoch'] < self.n_epoch:
         return   # interrupted: state.pt has it all
@@ -528,7 +598,7 @@ def after_fit(self:RunFolder):
         settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision,
         **self._environment,
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'),
-        best_miou=self.best, iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
+        best_miou=self.best if self.best >= 0 else None, iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
 # %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):

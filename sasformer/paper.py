@@ -9,13 +9,14 @@ __all__ = ['MINI', 'FULL', 'BASES', 'PUBLISHED', 'SECONDS', 'TABLES', 'MSRC_NOVE
            'order_sentence', 'draw_sheet', 'paper_parser', 'full_size_needs', 'main']
 
 # %% ../nbs/65_paper.ipynb #26b4f1a9
-import argparse, dataclasses, fcntl, itertools, json, os, shlex, signal, subprocess, sys, time
+import argparse, dataclasses, itertools, json, os, shlex, subprocess, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
 from .annotations import replacing, write_json
 from .methods import METHODS, convert, flat_settings
+from .programs import lock_file, program
 from .recipes import PRECISIONS, Recipe, RECIPES, recipe
 from .train import ShowRuns, finished, self_train
 
@@ -355,9 +356,8 @@ def migrate_results(
 def _start(cell, out, path, weights, device, launcher):
     "Start a cell, or `None` where another process is at it"
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out/'lock', 'w')
-    try: fcntl.flock(lock, fcntl.LOCK_EX|fcntl.LOCK_NB)   # the cell's process holds it too, should this one be killed
-    except BlockingIOError: return lock.close()
+    lock = lock_file(out/'lock')
+    if lock is None: return None   # the cell's process holds it too, should this one be killed
     r = cell_recipe(cell, path, weights)
     write_json(out/'cell.json', dataclasses.asdict(r))
     command = [*(shlex.split(launcher) if launcher else [sys.executable]), '-m', 'sasformer.paper', 'cell', str(out)]
@@ -698,24 +698,18 @@ def _show(o):
         for s in df.attrs['stale']: print(f"left out, other settings: {s}")
 
 # %% ../nbs/65_paper.ipynb #3798ce5e
+@program('sasformer_paper', 'the same command goes on')
 def main(args=None):
     "Command line of `sasformer_paper`"
     p = paper_parser()
     o = p.parse_args(args)
-    def stop(*_): raise KeyboardInterrupt   # cells that run are stopped with this program
-    before = signal.signal(signal.SIGTERM, stop) if o.command == 'run' else None
-    try:
-        if o.command in ('cell', 'sheet'):
-            import matplotlib
-            matplotlib.use('Agg')
-        if o.command == 'cell': train_cell(o.folder, o.device)
-        elif o.command == 'sheet':
-            folder = table_folder(o.table[0], o.size) if o.table[0] in TABLES else ''
-            draw_sheet(_chosen(o, o.table[0]), o.work/folder, o.out, o.path)
-        else: dict(list=_list, run=_run, show=_show)[o.command](o)
-    except KeyboardInterrupt: p.exit(130, f"{p.prog}: stopped; the same command goes on\n")
-    except (ValueError, RuntimeError, OSError, ImportError) as e: p.exit(2, f"{p.prog}: error: {e}\n")
-    finally:
-        if before is not None: signal.signal(signal.SIGTERM, before)
+    if o.command in ('cell', 'sheet'):
+        import matplotlib
+        matplotlib.use('Agg')
+    if o.command == 'cell': train_cell(o.folder, o.device)
+    elif o.command == 'sheet':
+        folder = table_folder(o.table[0], o.size) if o.table[0] in TABLES else ''
+        draw_sheet(_chosen(o, o.table[0]), o.work/folder, o.out, o.path)
+    else: dict(list=_list, run=_run, show=_show)[o.command](o)
 
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

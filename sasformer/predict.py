@@ -8,6 +8,7 @@ __all__ = ['share', 'predict_parser', 'main']
 # %% ../nbs/62_predict.ipynb #f5385270
 import argparse
 from pathlib import Path
+from .programs import program
 from .evaluate import inference_options, open_model
 
 # %% ../nbs/62_predict.ipynb #66ad8b84
@@ -41,23 +42,23 @@ def predict_parser():
     return p
 
 # %% ../nbs/62_predict.ipynb #9c5c0423
+@program('sasformer_predict')
 def main(args=None):
     "Command line of `sasformer_predict`"
     p = predict_parser()
     o = p.parse_args(args)
+    if not o.images.exists(): raise FileNotFoundError(f"{o.images}: no such image or folder")
+    from sasformer.machine import keep_freed_memory, this_machine
+    keep_freed_memory()
+    machine = this_machine(o.device, o.precision)
+    print(f"predicting on {machine}", flush=True)
+    from sasformer.inference import predict_folder
+    model = open_model(o.model, machine.device)
     try:
-        if not o.images.exists(): raise FileNotFoundError(f"{o.images}: no such image or folder")
-        from sasformer.machine import keep_freed_memory, this_machine
-        keep_freed_memory()
-        machine = this_machine(o.device, o.precision)
-        print(f"predicting on {machine}", flush=True)
-        from sasformer.inference import predict_folder
-        model = open_model(o.model, machine.device)
         done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
                               o.overwrite, o.on_error,
                               scales=o.scales, flip=o.flip, crf=o.crf, window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))
-    except (ValueError, OSError, ImportError) as e: p.error(e)
     print(f"{o.out}: {done}")
 
 # %% ../nbs/62_predict.ipynb #9355ba42

@@ -37,6 +37,7 @@ class Recipe:
     # Levels or layers of the backbone that the decoder takes, by index from 0; None: those from 1/4 of the size on,
     # of a ViT its last three
     out_indices:tuple[int, ...]|None = None
+    norm_features:bool = False       # Of a ViT: pass each of these layers through its last norm
     # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
     # sasformer:alpha=3,start=0.5+tel
     method:str = 'sasformer'
@@ -120,8 +121,26 @@ def settings(self:Recipe)->dict:
 
 @patch
 def source(self:Recipe):
-    "The data set, its layout checked"
-    return get_source(self.data, self.path).check()
+    "The data set, its layout checked; of a folder, images that nothing labels are left out, and it says how many"
+    src = get_source(self.data, self.path)
+    if self.data == 'folder':
+        n = sum(map(len, src.splits.values()))
+        src, lost = src.without_unlabelled()
+        if lost and len(lost) < n:
+            print(f"{len(lost)} of {n} images have no labels and are left out, such as {lost[0]}", flush=True)
+    return src.check()
+
+@patch
+def batch(self:Recipe,
+    n:int,      # Training images
+)->int:
+    "The batch size: `bs`, or what a small data set can fill, and it says so"
+    from sasformer.machine import is_first, n_processes
+    if n >= self.bs: return self.bs
+    share = n_processes()*(2 if 'simformer' in self.methods else 1)   # pairs stay together
+    bs = n//share*share
+    if bs and is_first(): print(f"{n} training images: batches of {bs} instead of {self.bs} (--bs)", flush=True)
+    return bs or self.bs
 
 @patch
 def machine(self:Recipe,
@@ -156,11 +175,14 @@ def learner(self:Recipe,
     device=None,        # None: the best there is, see `sasformer.machine`
     cbs=None,
     labels=None,        # Folder of pseudo labels: the second training of `self_train`
+    allow_changes:bool=False,  # Go on with other images than the run began with
 ):
     "A `Learner` that is ready to `run`"
     from sasformer.data import sparse_dataloaders
-    from sasformer.learner import RunFolder, sparse_learner
+    from sasformer.learner import RunFolder, check_run, sparse_learner
     machine = self.machine(device, folder if resume else None)
+    settings = {**self.settings(), 'precision': machine.precision}
+    if folder is not None: check_run(folder, settings, resume)   # before labels are read
     src, now, groups = src or self.source(), self, None
     for m in self.methods.values(): m.fits(self, src)
     if labels is not None:
@@ -168,15 +190,19 @@ def learner(self:Recipe,
         now, groups, src = self.retraining(), src.groups(self.annotation), with_pseudo_labels(src, labels)
     src.precompute(now.annotation)
     size = self.size, self.width or self.size
-    dls = sparse_dataloaders(src, now.annotation, size, self.bs, seed=self.seed, num_workers=self.num_workers,
+    bs = self.batch(len(src.splits['train']))
+    dls = sparse_dataloaders(src, now.annotation, size, bs, seed=self.seed, num_workers=self.num_workers,
                              cache_mb=self.cache_mb, device=machine.device, scales=(self.scale_min, self.scale_max),
                              tags_of=self.tags_of, groups=groups)
     backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
     if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
     if self.last_stride is not None: backbone['last_stride'] = self.last_stride
     if self.out_indices is not None: backbone['out_indices'] = list(self.out_indices)
+    if self.norm_features: backbone['norm_features'] = True
     if folder is not None:
-        cbs = L(cbs)+RunFolder(folder, {**self.settings(), 'precision': machine.precision}, resume, tensorboard)
+        about = dataclasses.asdict(self)
+        if self.path is not None: about['path'] = str(Path(self.path).resolve())   # to be found from elsewhere
+        cbs = L(cbs)+RunFolder(folder, settings, resume, tensorboard, dict(recipe=about), allow_changes)
     same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'val_scale',
             'decoder_dim', 'dropout', 'n_queries', 'n_layers')
     same = {k: getattr(self, k) for k in same}
@@ -226,9 +252,10 @@ RECIPES = dict(
     afa_coco2014=dict(_afa, data='coco2014', bs=8, iterations=80_000, warmup=.01875,
                       options='afa:labels_from=0.0625,propagated_from=0.1875,affinity_label=same,par_iterations=15'),
     afa_voc_subset=dict(_afa, data='voc2012', model='segformer_vit_small_patch14_dinov2', weights=None,
-                        last_stride=None, out_indices=(2, 5, 8), options='afa:cam_scales=1', size=140, bs=8, epochs=3,
-                        lr=1e-4, scale_min=.25, scale_max=.55, val_scale=.4, validate_every=3, warmup=.075,
-                        num_workers=0, decoder_dim=128, dropout=.1),
+                        last_stride=None, out_indices=(2, 5, 8), norm_features=True, size=168, bs=8, epochs=5, lr=5e-5,
+                       head_lr=20., scale_min=.3, scale_max=.5, val_scale=.4, validate_every=5, warmup=.05,
+                       options='afa:cam_scales=1,labels_from=0.35,propagated_from=0.5,pooling=average', num_workers=0,
+                       decoder_dim=128, dropout=.1),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
                     decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',

@@ -316,21 +316,28 @@ def _pyramid(decoder, name, pretrained, **kw):
         levels = [levels[0], levels[-1]]
     return timm.create_model(name, pretrained, features_only=True, out_indices=levels, **kw)
 
-def _last_layer(name, pretrained, **kw):
-    "The last layer of a ViT, normalised"
-    if 'out_indices' in kw: raise ValueError('the decoder takes the last layer, expected no out_indices')
+def _normalised(name, pretrained, out_indices, **kw):
+    "Layers of a ViT, passed through its last norm"
     net = timm.create_model(name, pretrained, num_classes=0, **kw)
     if isinstance(net.norm, nn.Identity):
         net.norm = net.fc_norm   # models that take the mean of the patches before they normalise
-    return FeatureGetterNet(net, out_indices=[len(net.blocks)-1], norm=True)
+    return FeatureGetterNet(net, out_indices=out_indices, norm=True)
 
-def _backbone(decoder, name, pretrained, **kw):
+def _last_layer(name, pretrained, **kw):
+    "The last layer of a ViT, normalised"
+    if 'out_indices' in kw: raise ValueError('the decoder takes the last layer, expected no out_indices')
+    return _normalised(name, pretrained, [-1], **kw)
+
+def _backbone(decoder, name, pretrained, norm_features=False, **kw):
     "Features as the decoder needs them, or an error that says what timm did not like"
+    if norm_features and not is_model_in_modules(name, _vits):
+        raise ValueError(f"norm_features: only a ViT has a norm for all of its layers, not {name}")
     if is_model_in_modules(name, _vits): kw = dict(dynamic_img_size=True) | kw
     hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
     if hub: mit.check_hub(hub)
     try:
         if _modules.get(decoder) == _vits: return _last_layer(name, pretrained, **kw)
+        if norm_features: return _normalised(name, pretrained, **dict(out_indices=3) | kw)   # 3: the last three
         return _pyramid(decoder, name, pretrained, **kw)
     except (RuntimeError, AttributeError, TypeError, ValueError, IndexError, AssertionError, NotImplementedError) as e:
         raise ValueError(f'timm cannot make features of {name!r} for {decoder} with {kw}: '
@@ -346,7 +353,9 @@ def create_segmenter(
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
     n_queries:int=None,     # MaskFormer's proposals, default 100
     n_layers:int=None,      # Layers of MaskFormer's transformer, default 6
-    **kw,                   # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`
+    # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`; `norm_features=True`:
+    # a ViT's last norm for each layer that the decoder takes
+    **kw,
 )->Segmenter:               # In training mode
     "A segmenter by name"
     decoder, backbone = _split_name(name)

@@ -12,6 +12,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from .annotations import replacing, write_json
 from .methods import convert, kind_of, method_help
+from .programs import program
 from .recipes import Recipe, RECIPES, recipe
 
 # %% ../nbs/60_train.ipynb #64f69797
@@ -42,6 +43,8 @@ def train_parser():
                    help="Folder of the run (default: runs/<data>_<annotation>_<method>_seed<seed>)")
     p.add_argument('--resume', action='store_true',
                    help="Go on with the run in --out, with the same settings; it keeps its precision")
+    p.add_argument('--allow_changes', action='store_true',
+                   help="With --resume: go on although the data set has other images than when the run began")
     p.add_argument('--tensorboard', action='store_true',
                    help="Write TensorBoard logs too (needs: pip install sasformer[tensorboard])")
     p.add_argument('--device', default=None, help="cpu, cuda, cuda:1, mps … (default: a GPU if there is one)")
@@ -133,7 +136,7 @@ class ShowRuns:
         else: text = ', '.join(f'{name} {100*d:.0f} %' for name, d in done.items())
         begun = {n: v for n, v in self.first.items() if n in done}
         left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n, (t, d) in begun.items()]
-        if len(left) == len(done) and None not in left: text += f'; about {clock(max(left))} left'
+        if left and len(left) == len(done) and None not in left: text += f'; about {clock(max(left))} left'
         elif not any(done.values()): text += f'; starting, {now-self.began:.0f} s'
         print(f'\r{text:<78}' if self.live else text, end='' if self.live else '\n', flush=True)
 
@@ -164,25 +167,29 @@ def train(
     tensorboard:bool=False,  # Write TensorBoard logs too
     device=None,             # None: the best there is, see `sasformer.machine`
     labels=None,             # Folder of pseudo labels: the second training of `self_train`
+    allow_changes:bool=False,  # With `resume`: the data set may have other images than when the run began
 )->dict:                     # What `result.json` holds
     "Train a recipe and leave everything in `out`; only the first process writes"
     if r.self_train and labels is None: return self_train(r, out, resume, tensorboard, device)
     import matplotlib.pyplot as plt
-    from sasformer.machine import alive, environment, is_first
+    from sasformer.machine import alive, is_first
     out, first = Path(out), is_first()
+    trained = resume and not all((out/f'{name}.png').exists() for name in ('curves', 'examples')) and finished(out, r)
     with alive('reading labels and building the model', first):
-        learn = r.learner(folder=out, resume=resume, tensorboard=tensorboard, device=device, labels=labels)
-    if first:
-        out.mkdir(parents=True, exist_ok=True)
-        settings = out/'settings.json'
-        if not settings.exists(): write_json(settings, dict(recipe=dataclasses.asdict(r), **environment()))
-    r.run(learn)
+        folder = None if trained else out
+        learn = r.learner(folder=folder, resume=resume, tensorboard=tensorboard, device=device, labels=labels,
+                          allow_changes=allow_changes)
+    if trained:   # it was stopped between the last epoch and the pictures
+        from sasformer.learner import load_segmenter
+        learn.model = load_segmenter(out/'last.safetensors', learn.dls.device)
+    else: r.run(learn)
     if not first: return None
+    result = json.loads((out/'result.json').read_text())
     with alive('drawing curves and examples'):
-        for name, fig in (('curves', plot_curves(learn.run_folder.rows)), ('examples', example_sheet(learn))):
+        for name, fig in (('curves', plot_curves(result['curve'])), ('examples', example_sheet(learn))):
             with replacing(out/f'{name}.png') as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
             plt.close(fig)
-    return json.loads((out/'result.json').read_text())
+    return result
 
 # %% ../nbs/60_train.ipynb #6c0a9cd1
 def finished(
@@ -246,12 +253,14 @@ def with_novel(
     options = [o for o in rest.split(',') if o and not o.strip().startswith('novel=')]
     return f"{kind}:{','.join([*options, 'novel='+'+'.join(o.strip() for o in novel.split(','))])}"
 
+@program('sasformer_train', 'the epochs that are done are kept, and the same command with --resume goes on')
 def main(args=None):
     "Command line of `sasformer_train`"
     p = train_parser()
     o = vars(p.parse_args(args))
-    own = 'recipe', 'out', 'resume', 'tensorboard', 'device', 'list', 'novel', 'teacher', 'stage'
-    name, out, resume, tensorboard, device, show, novel, teacher, stage = (o.pop(k) for k in own)
+    own = ('recipe', 'out', 'resume', 'tensorboard', 'device', 'list', 'novel', 'teacher', 'stage',
+           'allow_changes')
+    name, out, resume, tensorboard, device, show, novel, teacher, stage, changes = (o.pop(k) for k in own)
     if show:
         for k, v in RECIPES.items(): print(f"{k}: "+', '.join(f'{a}={b}' for a, b in v.items()))
         return
@@ -275,11 +284,10 @@ def main(args=None):
     try:
         announce(r, out, resume, device)
         if r.self_train: result = self_train(r, out, resume, tensorboard, device, teacher, stage)
-        else: result = train(r, out, resume, tensorboard, device)
-    except (ValueError, OSError, ImportError) as e: p.error(e)
+        else: result = train(r, out, resume, tensorboard, device, allow_changes=changes)
     finally: stop_processes()
     if result:
-        known = result['best_miou'] >= 0   # of a data set without masks there is none
+        known = result['best_miou'] is not None   # of a data set without masks there is none
         miou = f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f})" if known else 'no masks, no mIoU;'
         print(f"{miou} in {result['seconds']:.0f} s; see {out}")
 
