@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CAMVID_CLASSES', 'CAMVID_PALETTE', 'CITYSCAPES', 'COCO_CLASSES', 'SOURCES', 'camvid', 'ObjectTags', 'voc2012',
-           'cityscapes', 'ade20k', 'coco2014', 'cocostuff10k', 'get_source']
+           'cityscapes', 'ade20k', 'coco2014', 'cocostuff10k', 'source_name', 'source_options', 'get_source']
 
 # %% ../nbs/03_benchmarks.ipynb #b3a0c003
+import inspect
 from pathlib import Path
 import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
@@ -247,13 +248,45 @@ def cocostuff10k(
 SOURCES = dict(scenes=scenes, camvid=camvid, voc2012=voc2012, cityscapes=cityscapes, ade20k=ade20k,
                coco2014=coco2014, cocostuff10k=cocostuff10k, folder=folder)
 
+def source_name(
+    spec:str,   # 'folder:masks=labels,ending=_mask'
+)->str:         # 'folder'
+    "The name of a data set without its options"
+    name = spec.partition(':')[0]
+    if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
+    return name
+
+def _value(text, default):
+    "An option from its text; several values have + between them, pairs a colon"
+    if isinstance(default, bool): return {'true': True, 'false': False}[text.lower()]
+    if isinstance(default, (int, float)): return type(default)(text)
+    if isinstance(default, tuple): return tuple(map(int, text.split('+')))
+    return text
+
+def source_options(
+    spec:str,   # As for `source_name`
+)->dict:
+    "The options of a data set's constructor, from text"
+    name, out = source_name(spec), {}
+    params = {k: p.default for k, p in inspect.signature(SOURCES[name]).parameters.items()
+              if k not in ('path', 'name', 'palette')}
+    for part in filter(None, (o.strip() for o in spec.partition(':')[2].split(','))):
+        key, is_option, text = (o.strip() for o in part.partition('='))
+        if not is_option or key not in params:
+            raise ValueError(f"data {spec!r}: {name} has no option {key!r}, it has {', '.join(params) or 'none'}")
+        try:
+            pairs = key == 'values'   # of label files → ids
+            out[key] = dict(map(int, o.split(':')) for o in text.split('+')) if pairs else _value(text, params[key])
+        except (ValueError, KeyError): raise ValueError(f"data {spec!r}: {key}={text!r} is no such value") from None
+    return out
+
 def get_source(
-    name:str,          # One of `SOURCES`
+    name:str,          # One of `SOURCES`, perhaps with options of its constructor: 'folder:masks=labels,ending=_mask'
     path=None,         # Folder of the data set; only `scenes` does without
     **kwargs           # What the constructor takes
 )->Source:
     "The data set of that name"
-    if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
+    name, kwargs = source_name(name), {**source_options(name), **kwargs}
     if path is None and name != 'scenes':
         raise ValueError(f"{name} needs the folder it lies in: get_source({name!r}, path)")
     return SOURCES[name](path, **kwargs)

@@ -39,9 +39,9 @@ class Geometry:
 
     @classmethod
     def random(cls, shape, size, rng, scales=(.5, 2.), aspect=1.1, flip=.5):
-        "As in the paper: scale uniform in `scales`, one axis times 1/`aspect`…`aspect`, the other times its inverse"
-        s, a = rng.uniform(*scales), rng.uniform(1/aspect, aspect)
-        return cls(shape, size, (s*a, s/a), rng.uniform(size=2), rng.uniform() < flip)
+        "As released: scale uniform in `scales`; width times √a, height by √a, a uniform in 2-`aspect`…`aspect`"
+        s, a = rng.uniform(*scales), rng.uniform(2-aspect, aspect)**.5
+        return cls(shape, size, (s/a, s*a), rng.uniform(size=2), rng.uniform() < flip)
 
     def place(self, part, fill):
         "`part` on a canvas of `fill`, mirrored if the draw says so"
@@ -105,7 +105,7 @@ class SparseDataset:
         size:tuple|None=None,       # Height and width of the crops; None: whole images
         augment:bool=False,         # Draw scale, crop, flip and brightness at random?
         scales:tuple=(.5, 2.),      # Range of the random scale
-        aspect:float=1.1,           # Largest further factor on one axis; the other gets its inverse
+        aspect:float=1.1,           # Width by height changes by 2-`aspect`…`aspect` (0.9–1.1, as released)
         brightness:float=10.,       # Largest shift, of 255
         flip:float=.5,              # Probability of mirroring
         seed:int=0,                 # Seed of order and augmentation

@@ -8,7 +8,7 @@ __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'SCENE_CLASSES', 'SCENE_PALETTE', 'open_im
            'draw_scene', 'scenes']
 
 # %% ../nbs/01_datasets.ipynb #acc856d5
-import csv, importlib, inspect, json, re, shutil, tempfile, warnings, zlib
+import codecs, csv, importlib, inspect, json, os, re, shutil, tempfile, warnings, zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 import sasformer
 
-from .annotations import (AnnotationError, UNLABELLED, check_label_map, image_seed, image_tags,
+from .annotations import (AnnotationError, PADDING, UNLABELLED, check_label_map, image_seed, image_tags,
                                    parse_annotation, read_label_map, replacing, simulate, voc_palette, write_label_map)
 
 # %% ../nbs/01_datasets.ipynb #c9f384f7
@@ -64,6 +64,10 @@ class Source:
     def __post_init__(self):
         if self.palette is None: self.palette = voc_palette()[:len(self.classes)]
         self.palette, self._cache, self._tags = np.asarray(self.palette, np.uint8), {}, {}
+        names = list(map(str, self.classes))
+        if len(names) != len(set(names)):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise LayoutError(f"{self.name}: class {twice!r} comes twice among {', '.join(names[:30])}")
         ids = [i for s in self.splits.values() for i in s]
         if len(ids) != len(set(ids)):
             twice = sorted({i for i in ids if ids.count(i) > 1})[:3]
@@ -342,6 +346,37 @@ def write_tags(
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
         csv.writer(f, lineterminator='\n').writerows([('image', 'tags'), *rows])
 
+# %% ../nbs/01_datasets.ipynb #judge001
+@patch
+def judge(self:Source,
+    spec:str='scribble',  # Annotation that is to be trained from
+)->list:                  # Lines to be shown; `AnnotationError` where nothing can be learned
+    "What the training labels and the validation masks look like, before anything is trained from them"
+    kind = parse_annotation(spec.removeprefix('sim_'))[0]
+    ids, counts, full, notes = self.splits['train'], np.zeros(256, np.int64), 0, []
+    if kind != 'tag':
+        for id in ids:
+            n = np.bincount(self.annotation(id, spec).ravel(), minlength=256)
+            counts, full = counts+n, full+(n[UNLABELLED] == 0)
+        there = [i for i in range(len(self.classes)) if counts[i]]
+        if not there: raise AnnotationError(f"{self.name}: not one pixel of the {len(ids)} training images is labelled ({spec})")
+        if len(there) == 1 and len(self.classes) > 1:
+            also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name its id, "
+                    "as in --data folder:values=255:1" if kind == 'dense' and counts[UNLABELLED] else '')
+            raise AnnotationError(f"{self.name}: {self.classes[there[0]]!r} is the only class in the labels of the "
+                                  f"{len(ids)} training images ({spec}){also}")
+        novel = set(self.groups(spec).get('novel', ()))
+        never = [c for i, c in enumerate(self.classes) if not counts[i] and i not in novel]
+        if never: notes.append(f"never labelled in the {len(ids)} training images: {', '.join(map(str, never[:20]))}"
+                               +', …'*(len(never) > 20))
+        if kind != 'dense' and full:
+            notes.append(f"{full} of {len(ids)} {kind} label maps label every pixel: if {self.classes[0]!r} (0) or another "
+                         "value means unlabelled there, say so: --data folder:zero_is_unlabelled=true, or ignore=…")
+    masked = [i for i in self.splits['val'] if i in self.masks]
+    if masked and all((self.mask(i) >= PADDING).all() for i in masked):
+        raise AnnotationError(f"{self.name}: not one pixel of the {len(masked)} validation masks is labelled")
+    return notes
+
 # %% ../nbs/01_datasets.ipynb #d85c54df
 @patch
 def check(self:Source,
@@ -378,14 +413,6 @@ def check(self:Source,
                           + '\n  '.join(bad[:5]) + '\n  …'*(len(bad) > 5))
     return self
 
-@patch
-def without_unlabelled(self:Source)->tuple:   # The data set, and the ids of the images that it lost
-    "The data set without the images that nothing labels"
-    labelled = set(self.masks).union(self.tag_table or (), *(r.ids for r in self.released.values()))
-    splits = {k: [i for i in v if i in labelled] for k, v in self.splits.items()}
-    lost = [i for v in self.splits.values() for i in v if i not in labelled]
-    return (dataclasses.replace(self, splits=splits) if lost else self), lost
-
 # %% ../nbs/01_datasets.ipynb #b81bc1f0
 class MaskFolder:
     "Sparse masks released as one PNG per image"
@@ -416,7 +443,15 @@ def _listing(folder, what, suffixes=IMAGE_SUFFIXES, ending='', recurse=False):
 
 def _lines(path, what):
     if not path.is_file(): raise LayoutError(f"{path}: no such file; expected {what}")
-    return [o.strip() for o in path.read_text(encoding='utf-8').splitlines() if o.strip()]
+    return [o.strip() for o in _text(path).splitlines() if o.strip()]
+
+def _text(path):
+    "A text file as people have them: with a byte-order mark, too"
+    raw = path.read_bytes()
+    coding = 'utf-16' if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig'
+    try: return raw.decode(coding)
+    except UnicodeDecodeError as e:
+        raise LayoutError(f"{path}: is not UTF-8 (byte {e.start} is {raw[e.start]:#x}); save it as UTF-8") from None
 
 # %% ../nbs/01_datasets.ipynb #f80023a6
 def _folder_splits(images, val, seed, by_class=False):
@@ -443,7 +478,12 @@ def _class_names(path, classes):
             raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, "
                               "or `classes=`")
         classes = found[0]
-    return _lines(Path(classes), 'class names, one a line') if isinstance(classes, (str, Path)) else list(classes)
+    if not isinstance(classes, (str, Path)): return list(classes)
+    file = Path(classes)
+    names = _lines(file, 'class names, one a line')
+    blank = [n for n, line in enumerate(_text(file).rstrip().splitlines(), 1) if not line.strip()]
+    if blank: raise LayoutError(f"{file}: line {blank[0]} is blank, and the ids of the classes count lines; delete it")
+    return names
 
 # %% ../nbs/01_datasets.ipynb #c4d8c2f6
 KINDS = 'scribble', 'point', 'block10', 'block20', 'block50'
@@ -458,9 +498,12 @@ def folder(
     val=0.2, seed=0,    # Share and seed of the validation set where the folders are flat
     name='folder', palette=None,
     tags=None,          # CSV of tags in `path`, tags.csv if it is there; 'folders': images in folders named by class
-)->Source:
+    ignore=(),          # Values in label files that mean unlabelled, beside 255
+    zero_is_unlabelled:bool=False,  # 0 means unlabelled, and ids count from 1
+    values=None,        # Value in label files → class id (255: unlabelled); others stay
+)->Source:              # Without the images that nothing labels; it prints how many
     "A folder of images with masks"
-    path = Path(path)
+    path, lut = Path(path), _value_table(ignore, zero_is_unlabelled, values)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if masks == 'masks' and not (path/masks).is_dir() and (tags or any((path/k).is_dir() for k in KINDS)): masks = None
     if kind != 'dense' and kind not in KINDS:
@@ -475,16 +518,33 @@ def folder(
         return {k:f for t in tabs for k, f in t.items() if k in files}
     for k in KINDS:
         if (path/k).is_dir() and k != masks:
-            released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]))
-    dense = table(masks, [s for s in parts if not tags or (path/masks/s).is_dir()]) if masks else {}
+            released[k] = MaskFolder(table(k, [s for s in parts if (path/k/s).is_dir()]), lut)
+    given = tags or released   # so that masks may be there for validation only
+    dense = table(masks, [s for s in parts if not given or (path/masks/s).is_dir()]) if masks else {}
     tag_table = _folder_tags(path, tags, parts, dense, classes) if tags else {}
-    if kind != 'dense': released[kind] = MaskFolder(dense)
-    lack = [k for k in files if k not in dense and (k not in tag_table or k in parts['val'])] if masks else []
-    if lack:
-        raise LayoutError(f"{path/masks}: no mask for {len(lack)} of {len(files)} images, "
-                          f"such as {lack[0]} (of {files[lack[0]]})")
-    return Source(name, path, classes, {k:list(v) for k, v in parts.items()}, files, dense, palette, released,
+    if kind != 'dense': released[kind] = MaskFolder(dense, lut)
+    labelled = set(dense).union(tag_table, *(r.ids for r in released.values()))
+    lack = [k for k in files if k not in labelled]
+    if len(lack) == len(files): raise LayoutError(f"{path}: nothing labels any of the {len(files)} images")
+    if lack and os.environ.get('RANK', '0') == '0':
+        print(f"{path}: {len(lack)} of {len(files)} images have no labels and are left out, such as {files[lack[0]]}",
+              flush=True)
+    splits = {k: [i for i in v if i in labelled] for k, v in parts.items()}
+    return Source(name, path, classes, splits, files, dense, palette, released, lut,
                   mask_kind=kind if masks else 'absent', tag_table=tag_table or None)
+
+def _value_table(ignore, zero_is_unlabelled, values):
+    "Value in a label file → class id or 255; None where every value stays"
+    if not (len(ignore) or zero_is_unlabelled or values): return None
+    table = np.arange(256)
+    if zero_is_unlabelled: table = np.where(table >= PADDING, table, (table-1) % 256)
+    for v in ignore: table[_byte(v, 'ignore')] = UNLABELLED
+    for v, c in (values or {}).items(): table[_byte(v, 'values')] = _byte(c, 'values')
+    return table.astype(np.uint8)
+
+def _byte(v, what):
+    if not 0 <= v <= 255: raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
+    return v
 
 def _folder_tags(path, tags, parts, dense, classes):
     "Id → class names, of every training image and of every other one without a mask"

@@ -57,10 +57,13 @@ def inference_options(parser):
 
 # %% ../nbs/61_evaluate.ipynb #d622cea2
 def open_model(
-    path:Path,    # A run's folder (its best model), or a `.safetensors` file with `model.json` beside it
+    path:Path,    # A run's folder (its best model), a `.safetensors` file with `model.json` beside it, or an `.onnx` file
     device='cpu', # Where the model goes
 ):
     "`load_segmenter`; the errors of a `model.json` that is none name the file"
+    if Path(path).suffix == '.onnx':
+        from sasformer.export import OnnxSegmenter
+        return OnnxSegmenter(path)
     from sasformer.learner import load_segmenter
     try: return load_segmenter(path, device)
     except (KeyError, TypeError) as e: raise ValueError(f"{path}: model.json does not describe a model: {e!r}") from e
@@ -79,7 +82,8 @@ def open_data(
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{settings}: not the settings of a run: {e!r}") from e
         data = data or run.get('data')
-        if path is None and data == run.get('data'): path = run.get('path')
+        same = str(run.get('data')).partition(':')[0] == data.partition(':')[0]
+        if path is None and same: path = run.get('path')
     return get_source(data, path).check()
 
 def open_groups(

@@ -587,6 +587,14 @@ def after_fit(self:RunFolder):
     try: self._finish()
     finally: self.release()
 
+@patch(as_prop=True)
+def validated_on(self:RunFolder)->str:
+    "What the mIoU is taken over, in words"
+    ds, scale = self.dls.valid.dataset, next((cb.scale for cb in self.learn.cbs if isinstance(cb, ValidateAtScale)), 1)
+    labels = f"{ds.annotation.partition(':')[0]} labels" if ds.thin else 'masks'
+    seen = '' if scale == 1 else f', seen at {scale:g} of their size'
+    return f"{labels} of {len(ds)} image{'s'*(len(ds) != 1)}{seen}"
+
 @patch
 def _finish(self:RunFolder):
     if self.tensorboard and is_first(): self.board.close()
@@ -598,7 +606,8 @@ def _finish(self:RunFolder):
         settings=self.settings, processes=n_processes(), device=str(self.dls.device), precision=self.learn.precision,
         **self._environment,
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'),
-        best_miou=self.best if self.best >= 0 else None, iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
+        best_miou=self.best if self.best >= 0 else None, validated_on=self.validated_on,
+        iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
 
 # %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):

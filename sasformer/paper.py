@@ -206,14 +206,17 @@ TABLES.update(
         base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
 # %% ../nbs/65_paper.ipynb #afatable
-_cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), affinity=0., cam_scales='1,0.5,1.5',
-            size=160, scale_min=.3, scale_max=.65, val_scale=.45)
+_cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), norm_features=False, affinity=0.,
+            cam_scales='1,0.5,1.5', size=224, scale_min=.4, scale_max=.65, val_scale=.5, lr=1e-4)
+_mit = dict(model='segformer_mit_b0', last_stride=1, out_indices=None, norm_features=False, cam_scales='1,0.5,1.5',
+            lr=1e-4, epochs=10, validate_every=10)
 TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
     'afa': {},
     'no-affinity': dict(affinity=0.),
     'no-refinement': dict(par_iterations=0),
     'one-threshold': dict(thresholds='0.45'),
     'cnn': _cnn,
+    'mit': _mit,
     'points': dict(annotation='point', method='baseline'),
     'masks': dict(annotation='dense', method='baseline')}, 3, folder='afa_voc',
     note='Never to be compared with numbers on VOC: the images are another choice.',

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .annotations import parse_annotation
-from .benchmarks import get_source, SOURCES
+from .benchmarks import get_source, source_options
 from .methods import METHODS, among, fraction, method_text, not_negative, parse_method, positive
 
 # %% ../nbs/50_recipes.ipynb #3c03380c
@@ -21,7 +21,9 @@ PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 @dataclass
 class Recipe:
     "Every choice of a training run"
-    data:str = 'scenes'              # Data set: scenes, camvid, voc2012, cityscapes, ade20k, coco2014 or folder
+    # Data set: scenes, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options of its
+    # constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1,zero_is_unlabelled=true
+    data:str = 'scenes'
     path:str|None = None             # Folder of the data set; scenes need none
     # Training labels: dense, point, scribble, tag, block10, block20, block50; as in 'scribble:length=0.5,drop=0.2'
     annotation:str = 'scribble'
@@ -79,7 +81,8 @@ class Recipe:
 @patch
 def check(self:Recipe):
     "Raises for values that cannot be meant, before any work"
-    choices = dict(data=SOURCES, opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
+    source_options(self.data)
+    choices = dict(opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
                    schedule=('poly', 'onecycle'), tags_of=('image', 'crop'))
     for name, allowed in choices.items():
         among(self, name, tuple(allowed))
@@ -121,14 +124,8 @@ def settings(self:Recipe)->dict:
 
 @patch
 def source(self:Recipe):
-    "The data set, its layout checked; of a folder, images that nothing labels are left out, and it says how many"
-    src = get_source(self.data, self.path)
-    if self.data == 'folder':
-        n = sum(map(len, src.splits.values()))
-        src, lost = src.without_unlabelled()
-        if lost and len(lost) < n:
-            print(f"{len(lost)} of {n} images have no labels and are left out, such as {lost[0]}", flush=True)
-    return src.check()
+    "The data set, its layout checked"
+    return get_source(self.data, self.path).check()
 
 @patch
 def batch(self:Recipe,
@@ -180,6 +177,7 @@ def learner(self:Recipe,
     "A `Learner` that is ready to `run`"
     from sasformer.data import sparse_dataloaders
     from sasformer.learner import RunFolder, check_run, sparse_learner
+    from sasformer.machine import is_first
     machine = self.machine(device, folder if resume else None)
     settings = {**self.settings(), 'precision': machine.precision}
     if folder is not None: check_run(folder, settings, resume)   # before labels are read
@@ -189,6 +187,8 @@ def learner(self:Recipe,
         from sasformer.pseudo import with_pseudo_labels
         now, groups, src = self.retraining(), src.groups(self.annotation), with_pseudo_labels(src, labels)
     src.precompute(now.annotation)
+    for note in src.judge(now.annotation):
+        if is_first(): print(note, flush=True)
     size = self.size, self.width or self.size
     bs = self.batch(len(src.splits['train']))
     dls = sparse_dataloaders(src, now.annotation, size, bs, seed=self.seed, num_workers=self.num_workers,

@@ -265,7 +265,8 @@ def main(args=None):
         for k, v in RECIPES.items(): print(f"{k}: "+', '.join(f'{a}={b}' for a, b in v.items()))
         return
     try:
-        name = name or (o.get('data', 'scenes') if o.get('data', 'scenes') in RECIPES else None)
+        data = o.get('data', 'scenes').partition(':')[0]
+        name = name or (data if data in RECIPES else None)
         if novel:
             annotation = o.get('annotation') or RECIPES.get(name, {}).get('annotation', 'dense')
             o['annotation'] = with_novel(annotation, novel)
@@ -288,7 +289,9 @@ def main(args=None):
     finally: stop_processes()
     if result:
         known = result['best_miou'] is not None   # of a data set without masks there is none
-        miou = f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f})" if known else 'no masks, no mIoU;'
+        miou = 'no masks, no mIoU;'
+        if known: miou = (f"mIoU {100*result['miou']:.2f} (best {100*result['best_miou']:.2f}) "
+                          f"on the {result['validated_on']},")
         print(f"{miou} in {result['seconds']:.0f} s; see {out}")
 
 # %% ../nbs/60_train.ipynb #f9d09306
