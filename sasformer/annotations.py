@@ -114,7 +114,8 @@ def write_json(
     data,  # What JSON can hold; numbers that are not finite become null
 ):
     "Write `data` as JSON, replacing the file in one step"
-    with replacing(path) as unfinished: unfinished.write_text(json.dumps(_valid(data), indent=1, allow_nan=False)+'\n', encoding='utf-8')
+    text = json.dumps(_valid(data), indent=1, allow_nan=False)
+    with replacing(path) as unfinished: unfinished.write_text(text+'\n', encoding='utf-8')
 
 def write_label_map(
     path,         # Where to; an existing file is replaced, in one step

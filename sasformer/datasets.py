@@ -356,22 +356,23 @@ def judge(self:Source,
     ids, counts, full, notes = self.splits['train'], np.zeros(256, np.int64), 0, []
     if kind != 'tag':
         for id in ids:
-            n = np.bincount(self.annotation(id, spec).ravel(), minlength=256)
-            counts, full = counts+n, full+(n[UNLABELLED] == 0)
+            found = np.bincount(self.annotation(id, spec).ravel(), minlength=256)
+            counts, full = counts+found, full+(found[UNLABELLED] == 0)
         there = [i for i in range(len(self.classes)) if counts[i]]
-        if not there: raise AnnotationError(f"{self.name}: not one pixel of the {len(ids)} training images is labelled ({spec})")
+        n = f"the {len(ids)} training images"
+        if not there: raise AnnotationError(f"{self.name}: not one pixel of {n} is labelled ({spec})")
         if len(there) == 1 and len(self.classes) > 1:
-            also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name its id, "
-                    "as in --data folder:values=255:1" if kind == 'dense' and counts[UNLABELLED] else '')
-            raise AnnotationError(f"{self.name}: {self.classes[there[0]]!r} is the only class in the labels of the "
-                                  f"{len(ids)} training images ({spec}){also}")
+            also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name "
+                    "its id, as in --data folder:values=255:1" if kind == 'dense' and counts[UNLABELLED] else '')
+            raise AnnotationError(f"{self.name}: {self.classes[there[0]]!r} is the only class in the labels of {n} "
+                                  f"({spec}){also}")
         novel = set(self.groups(spec).get('novel', ()))
         never = [c for i, c in enumerate(self.classes) if not counts[i] and i not in novel]
-        if never: notes.append(f"never labelled in the {len(ids)} training images: {', '.join(map(str, never[:20]))}"
-                               +', …'*(len(never) > 20))
+        if never: notes.append(f"never labelled in {n}: {', '.join(map(str, never[:20]))}"+', …'*(len(never) > 20))
         if kind != 'dense' and full:
-            notes.append(f"{full} of {len(ids)} {kind} label maps label every pixel: if {self.classes[0]!r} (0) or another "
-                         "value means unlabelled there, say so: --data folder:zero_is_unlabelled=true, or ignore=…")
+            notes.append(f"{full} of {len(ids)} {kind} label maps label every pixel: if {self.classes[0]!r} (0) or "
+                         "another value means unlabelled there, say so: --data folder:zero_is_unlabelled=true, "
+                         "or folder:ignore=…")
     masked = [i for i in self.splits['val'] if i in self.masks]
     if masked and all((self.mask(i) >= PADDING).all() for i in masked):
         raise AnnotationError(f"{self.name}: not one pixel of the {len(masked)} validation masks is labelled")

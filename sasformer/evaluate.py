@@ -57,7 +57,7 @@ def inference_options(parser):
 
 # %% ../nbs/61_evaluate.ipynb #d622cea2
 def open_model(
-    path:Path,    # A run's folder (its best model), a `.safetensors` file with `model.json` beside it, or an `.onnx` file
+    path:Path,    # A run's folder (its best model), a `.safetensors` file beside `model.json`, or an `.onnx` file
     device='cpu', # Where the model goes
 ):
     "`load_segmenter`; the errors of a `model.json` that is none name the file"
@@ -81,9 +81,9 @@ def open_data(
         try: run = json.loads(settings.read_text())['recipe']
         except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{settings}: not the settings of a run: {e!r}") from e
+        if path is None and data in (None, run.get('data'), str(run.get('data')).partition(':')[0]):
+            data, path = run.get('data'), run.get('path')   # with the options that the run gave it
         data = data or run.get('data')
-        same = str(run.get('data')).partition(':')[0] == data.partition(':')[0]
-        if path is None and same: path = run.get('path')
     return get_source(data, path).check()
 
 def open_groups(

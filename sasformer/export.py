@@ -37,7 +37,7 @@ def export_onnx(
 )->Path:              # `path`; the height and width that it takes are at least 32
     "Write a segmenter as ONNX with free batch, height and width"
     try: import onnx, onnxscript   # noqa: F401
-    except ImportError as e: raise ImportError(f"{e.name} is needed to write ONNX: pip install sasformer[onnx]") from None
+    except ImportError as e: raise ImportError(f"{e.name} is needed for ONNX: pip install sasformer[onnx]") from None
     path, device = Path(path), next(model.parameters()).device
     shapes = dict(image={axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)})
     photographs, was = PhotographModel(model).eval(), model.training
@@ -59,7 +59,8 @@ def export_onnx(
     proto = done.model_proto
     classes = list(map(str, classes or getattr(model, 'classes', None) or []))
     palette = palette if palette is not None else getattr(model, 'palette', None)
-    about = dict(classes=classes, palette=None if palette is None else np.asarray(palette).tolist(), config=model.config)
+    if palette is not None: palette = np.asarray(palette).tolist()
+    about = dict(classes=classes, palette=palette, config=model.config)
     proto.metadata_props.add(key='sasformer', value=json.dumps(about))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp: onnx.save_model(proto, str(tmp), save_as_external_data=False)
@@ -75,14 +76,15 @@ class OnnxSegmenter(nn.Module):
     ):
         super().__init__()
         try: import onnxruntime
-        except ImportError: raise ImportError("onnxruntime is needed to run ONNX: pip install sasformer[onnx]") from None
+        except ImportError:
+            raise ImportError("onnxruntime is needed to run ONNX: pip install sasformer[onnx]") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or torch.get_num_threads()
         try: self.session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
         except Exception as e:   # onnxruntime's own
             raise ValueError(f"{path}: cannot be read as an ONNX model: {' '.join(str(e).split())[:200]}") from None
         about = self.session.get_modelmeta().custom_metadata_map.get('sasformer')
-        if about is None: raise ValueError(f"{path}: is not a segmenter that export_onnx wrote: it has no such metadata")
+        if about is None: raise ValueError(f"{path}: is no segmenter that export_onnx wrote: its metadata lacks it")
         about = json.loads(about)
         self.classes, self.config = about['classes'], about['config']
         self.palette = None if about['palette'] is None else np.uint8(about['palette'])

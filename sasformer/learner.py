@@ -10,7 +10,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'RunFolder', 'saved_settings', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
-import csv, hashlib, inspect, io, json, math, re, sys, time
+import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F, torch.distributed as dist
 from torch import Tensor
@@ -522,7 +522,8 @@ def _restore(self:RunFolder, s):
                          f"now they are {', '.join(new['classes'])}")
     if old and old != new and not self.allow_changes:
         raise ValueError(f"{self.folder}: the run began with {old['images']} images for training and validation, now "
-                         f"there are {new['images']} or their names or order differ: --allow_changes goes on with these")
+                         f"there are {new['images']} or their names or order differ: --allow_changes goes on "
+                         "with these")
     if s['epochs'] == s['n_epoch'] == self.n_epoch and (self.folder/'result.json').exists():
         raise FileExistsError(f"{self.folder}: all {self.n_epoch} epochs of this run are done")
     if s['n_epoch'] != self.n_epoch:
@@ -578,7 +579,9 @@ def _save(self:RunFolder, name):
 
 @patch
 def release(self:RunFolder):
-    if self._lock is not None: self._lock.close()
+    if self._lock is not None:
+        with contextlib.suppress(OSError): (self.folder/'.lock').unlink()   # Windows cannot, while it is open
+        self._lock.close()
     self._lock = None
 
 @patch
