@@ -266,7 +266,7 @@ def plain(tmp_path):
             for f in ('images', 'masks'): (tmp_path/f/s).mkdir(parents=True, exist_ok=True)
             Image.new('RGB', (6, 4)).save(tmp_path/f'images/{s}/{i}.jpg')
             write_label_map(tmp_path/f'masks/{s}/{i}.png', np.tile(np.uint8([0,1]), (4, 3)))
-    (tmp_path/'classes.txt').write_text('one\n\ntwo\n')
+    (tmp_path/'classes.txt').write_text('one\ntwo\n')
     return tmp_path
 
 def test_folder_by_subfolders(plain):
