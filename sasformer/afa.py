@@ -177,10 +177,17 @@ def propagate_maps(
 
 # %% ../nbs/23_afa.ipynb #2f9bd8aa
 class FreezeNorms(Callback):
-    "Weights of the backbone's norms stay as they were pretrained (every parameter with 'norm' in its name)"
+    """Norms of the backbone stay as they were pretrained: every parameter with 'norm' in its name, as released; of a CNN
+    batch normalisation, its statistics too"""
     def after_create(self):
         for name, p in self.model.backbone.named_parameters():
             if 'norm' in name: p.requires_grad_(False)
+        for m in self.batch_norms(): m.requires_grad_(False)
+    def before_train(self):
+        for m in self.batch_norms(): m.eval()
+    def batch_norms(self):
+        backbone = getattr(self.model, 'module', self.model).backbone
+        return [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 class AFALoss(LossTerm):
     "Adds L_cls + `segmentation`·L_seg + `affinity`·L_aff to the loss of a `Learner`"

@@ -213,3 +213,18 @@ def test_a_model_without_heads_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes', '--stages'])
     printed = capsys.readouterr()
     assert 'holds no heads of AFA' in printed.err and printed.err.count('\n') == 1 and not printed.out
+
+
+def test_frozen_norms_of_a_cnn(src):
+    "Batch normalisation of the backbone: neither weights nor statistics move, and each group keeps its learning rate"
+    dls = sparse_dataloaders(src, 'tag', size=64, bs=4, device='cpu')
+    learn = sparse_learner(dls, 'segformer_resnet18', 'afa:affinity=0,labels_from=0.9,propagated_from=0.9',
+                           precision='fp32', decoder_dim=16, lr=1e-3, head_lr=5.)
+    norms = [m for m in learn.model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    before = [t.clone() for m in norms for t in m.state_dict().values()]
+    weight = learn.model.backbone.conv1.weight.detach().clone()
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=1)
+    assert all(torch.equal(a, b) for a, b in zip(before, [t for m in norms for t in m.state_dict().values()]))
+    assert not torch.equal(weight, learn.model.backbone.conv1.weight)
+    rate = {id(p): g['lr'] for g in learn.opt.opt.param_groups for p in g['params']}
+    assert rate[id(learn.model.auxiliary['afa'].classify.weight)] == pytest.approx(5*rate[id(learn.model.backbone.conv1.weight)])
