@@ -177,8 +177,8 @@ def propagate_maps(
 
 # %% ../nbs/23_afa.ipynb #2f9bd8aa
 class FreezeNorms(Callback):
-    """Norms of the backbone stay as they were pretrained: every parameter with 'norm' in its name, as released; of a CNN
-    batch normalisation, its statistics too"""
+    """Norms of the backbone stay as they were pretrained: every parameter with 'norm' in its name, as released;
+    batch normalisation, of a CNN, with its statistics"""
     def after_create(self):
         for name, p in self.model.backbone.named_parameters():
             if 'norm' in name: p.requires_grad_(False)

@@ -227,4 +227,5 @@ def test_frozen_norms_of_a_cnn(src):
     assert all(torch.equal(a, b) for a, b in zip(before, [t for m in norms for t in m.state_dict().values()]))
     assert not torch.equal(weight, learn.model.backbone.conv1.weight)
     rate = {id(p): g['lr'] for g in learn.opt.opt.param_groups for p in g['params']}
-    assert rate[id(learn.model.auxiliary['afa'].classify.weight)] == pytest.approx(5*rate[id(learn.model.backbone.conv1.weight)])
+    heads = learn.model.auxiliary['afa']
+    assert rate[id(heads.classify.weight)] == pytest.approx(5*rate[id(learn.model.backbone.conv1.weight)])

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 # small enough for seconds; float32 and no dropout, so that processes and restarts can be compared; SGD, because Adam's
 # first steps are signs of gradients, which blow the rounding of sums in another order up
 SMALL = ('--data scenes:n_train=64,n_val=12 --annotation scribble --size 64 --bs 16 --opt sgd --lr 1e-2 '
-         '--precision fp32 --drop_path 0 --dropout 0 --method sasformer:form=released --validate_every 1 --decoder_dim 64').split()
+         '--precision fp32 --drop_path 0 --dropout 0 --method sasformer:form=released --validate_every 1 '
+         '--decoder_dim 64').split()
 
 def program(*args, processes=1):
     "The command, as a shell would run it; `torchrun` for several processes"
