@@ -460,7 +460,9 @@ class RunFolder(Callback):
         if is_first():
             self._lock = lock_file(self.folder/'.lock')
             if self._lock is None: raise FileExistsError(f"{self.folder}: another training is at work here")
-            for left in self.folder.glob('.*.tmp'): left.unlink()   # of a process that was killed while it wrote
+            for left in self.folder.glob('.*.tmp'):   # of a process that was killed while it wrote
+                name = re.fullmatch(r'\.(.+)\.\d+\.tmp', left.name)
+                if name and name[1] in (*_written, 'state.pt', 'settings.json'): left.unlink()
         self.learn.first_epoch = 0
         if state: self._restore(state)
         elif self.about and is_first(): write_json(self.folder/'settings.json', dict(self.about, **environment()))
