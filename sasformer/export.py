@@ -28,6 +28,7 @@ class PhotographModel(nn.Module):
         y = self.model((image-self.mean)/self.std)
         return F.interpolate(y, image.shape[-2:], mode='bilinear', align_corners=False).softmax(1)
 
+# %% ../nbs/36_export.ipynb #expwrite1
 def export_onnx(
     model:nn.Module,  # From `create_segmenter` or `load_segmenter`
     path,             # `.onnx` file; replaced in one step

@@ -286,13 +286,13 @@ class Diverged(ValueError): "A training whose loss or weights are no numbers any
 
 class StopWhereDiverged(Callback):
     "Looks at loss and weights once an epoch, before they are measured and saved"
-    def before_train(self): self._losses = []
+    def before_train(self): self.losses = []   # of the steps of an epoch
     def after_batch(self):
-        if self.training: self._losses.append(self.loss.detach())
+        if self.training: self.losses.append(self.loss.detach())
     def after_train(self):
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
         # with several processes the losses differ, and all must stop: what one of them adds to the weights, all have
-        loss = torch.stack(self._losses).isfinite().all() if n_processes() == 1 and self._losses else True
+        loss = torch.stack(self.losses).isfinite().all() if n_processes() == 1 and self.losses else True
         if weights and loss: return
         what = 'the loss is' if weights else 'weights are'
         raise Diverged(f"epoch {self.epoch+1}: the training has diverged, {what} not finite any more; lower the "
@@ -539,16 +539,10 @@ def _restore(self:RunFolder, s):
 
 # %% ../nbs/31_learner.ipynb #77d22f19
 @patch
-def before_train(self:RunFolder): self._losses = []
-@patch
-def after_batch(self:RunFolder):
-    if self.training: self._losses.append(self.loss.detach())
-
-@patch
 def after_epoch(self:RunFolder):
     # without epoch, smoothed loss, time
     values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))
-    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self._losses).mean().item(),
+    row = dict(epoch=self.epoch+1, train_loss=torch.stack(self.learn.stop_where_diverged.losses).mean().item(),
                **{k: float(v) for k, v in values.items() if v is not None})
     for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
     now = time.time()

@@ -49,6 +49,7 @@ def _terminable(on):
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
+# %% ../nbs/00_programs.ipynb #program1
 def program(
     name:str,      # Of the command
     go_on:str='',  # What somebody who has stopped it can do

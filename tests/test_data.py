@@ -216,3 +216,13 @@ def test_what_people_look_at(src):
     assert fig.axes[3].get_title()
     with learn.no_bar(): learn.show_results(max_n=2)
     learn.dls.train.show_batch(b[:2], max_n=2)                 # a batch without tags can be shown too
+
+
+def test_aspect_is_the_released_one():
+    "Width by height of the drawn scales lies in 0.9 to 1.1 and reaches both; their product is the scale's square"
+    from sasformer.data import Geometry
+    rng = np.random.default_rng(0)
+    drawn = np.array([Geometry.random((50000, 60000), (32, 32), rng, scales=(.7, .7)).scale for _ in range(500)])
+    ratio = drawn[:,1]/drawn[:,0]
+    assert .8999 < ratio.min() < .905 and 1.095 < ratio.max() < 1.1001   # whole pixels
+    assert np.allclose(drawn.prod(1), .49, atol=1e-4)
