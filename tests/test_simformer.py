@@ -2,6 +2,7 @@
 import json, os, socket, subprocess, sys
 
 import numpy as np, pytest, torch
+from fastai.callback.core import Callback
 from PIL import Image
 from sasformer.annotations import AnnotationError, image_tags, read_label_map, write_label_map
 from sasformer.data import sparse_dataloaders
@@ -161,15 +162,19 @@ def recipe_of(photos, **changes):
 def state_of(path): return torch.load(path/'state.pt', weights_only=True)
 
 
+class InterruptAt(Callback):
+    "Ctrl-C at the beginning of an epoch"
+    def __init__(self, epoch): self.at = epoch
+    def before_train(self):
+        if self.epoch == self.at: raise KeyboardInterrupt
+
+
 def test_resumed_run_is_the_same_to_the_bit(photos, tmp_path):
     "The counts of the similarity network among it"
     r = recipe_of(photos)
     def run(folder, stop=None, resume=False):
         learn = r.learner(folder=tmp_path/folder, resume=resume, device='cpu')
-        if stop:
-            def interrupt(): raise KeyboardInterrupt
-            learn.run_folder.before_train, old = (lambda: interrupt() if learn.epoch == stop else old()), \
-                learn.run_folder.before_train
+        if stop: learn.add_cb(InterruptAt(stop))
         with learn.no_bar(), learn.no_logging(): r.run(learn)
     run('whole')
     with pytest.raises(KeyboardInterrupt): run('cut', stop=1)
