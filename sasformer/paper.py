@@ -222,6 +222,17 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
 
+# %% ../nbs/65_paper.ipynb #acdctable
+TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
+    'baseline': _baseline,
+    'sasformer': _sasformer,
+    'tel': _tel,
+    'sasformer+tel': _both,
+    'released': dict(_sasformer, form='released', alpha=1.2, start=0.),
+    'start0': dict(_sasformer, start=0.),
+    'masks': dict(annotation='dense', **_baseline)}, 3, base=dict(recipe='acdc'), folder='acdc',
+    note='380 slices of patients that are not among the training ones; mIoU over the four classes of the set.')
+
 # %% ../nbs/65_paper.ipynb #49c2cd02
 MSRC_NOVEL = dict(simformer_msrc='cow aeroplane bicycle sign book', simformer_msrc_2='sheep water car flower chair')
 _steps = {
