@@ -207,14 +207,15 @@ TABLES.update(
 
 # %% ../nbs/65_paper.ipynb #afatable
 _cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), norm_features=False, affinity=0.,
-            cam_scales='1,0.5,1.5', size=224, scale_min=.4, scale_max=.65, val_scale=.5, lr=1e-4)
+            cam_scales='1,0.5,1.5', size=224, scale_min=.4, scale_max=.65, val_scale=.5, lr=1e-4, head_lr=20.,
+            thresholds='0.55,0.35')
 _mit = dict(model='segformer_mit_b0', last_stride=1, out_indices=None, norm_features=False, cam_scales='1,0.5,1.5',
-            lr=1e-4, epochs=10, validate_every=10)
+            lr=1e-4, head_lr=20., thresholds='0.55,0.35', epochs=10, validate_every=10)
 TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
     'afa': {},
     'no-affinity': dict(affinity=0.),
     'no-refinement': dict(par_iterations=0),
-    'one-threshold': dict(thresholds='0.45'),
+    'one-threshold': dict(thresholds='0.1'),
     'cnn': _cnn,
     'mit': _mit,
     'points': dict(annotation='point', method='baseline'),
