@@ -257,7 +257,8 @@ RECIPES = dict(
     afa_voc_subset=dict(_afa, data='voc2012', model='segformer_vit_small_patch14_dinov2', weights=None,
                         last_stride=None, out_indices=(2, 5, 8), norm_features=True, size=168, bs=8, epochs=5,
                         lr=5e-6, head_lr=400., scale_min=.3, scale_max=.5, val_scale=.4, validate_every=5, warmup=.05,
-                        decoder_dim=128, dropout=.1, options='afa:cam_scales=1,labels_from=0.35,propagated_from=0.5,'
+                        num_workers=0, decoder_dim=128, dropout=.1,
+                        options='afa:cam_scales=1,labels_from=0.35,propagated_from=0.5,'
                         'pooling=average,thresholds=0.15,0.05'),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
                     decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
