@@ -320,13 +320,14 @@ def label_stages(
     images:Tensor,          # The same in [0, 1], of any size: that of the label maps
     tags:Tensor,            # Which classes are in each, (B, C), without the background
     cam_scales=(1., .5, 1.5), # Factors of the images' size
-    background=(.45, .35),  # Score of the background beside the maps, and beside propagated ones; or two each
+    thresholds=(.55, .35),  # Background scores, high and low
+    doubtful:bool=False,    # Leave out the pixels on which they disagree?
     radius:int=8,           # Of the affinity's window, in positions
     **kw,                   # `iterations`, `dilations` of `refine_scores`
 )->dict:                    # Name of the stage → label map (B, H, W): 0 the background, 1… the classes
     "Label maps of the class activation maps, refined, propagated, and both"
     tap = _last_block(model) if heads.affinity is not None else None
-    for_maps, for_walk = ((o,) if isinstance(o, float) else tuple(o) for o in background)
+    for_maps, for_walk = (thresholds, thresholds) if doubtful else ([sum(thresholds)/len(thresholds)], [min(thresholds)])
     with torch.no_grad(), tap or nullcontext():
         m = tag_maps(model, heads, x, cam_scales, tap)
         scores = {'cam': tagged_scores(m.maps, tags, for_maps)}

@@ -231,9 +231,9 @@ def _pseudo_options(p):
     p.add_argument('--split', default='train', help="Which part of the data set (default: train)")
     p.add_argument('--stage', default='propagated_refined', choices=STAGES,
                    help="Which of AFA's label maps (default: propagated_refined)")
-    p.add_argument('--thresholds', type=scores_between, default=(.55, .35), metavar='HIGH,LOW',
+    p.add_argument('--thresholds', type=scores_between, default=None, metavar='HIGH,LOW',
                    help="Background scores; what they disagree on is not labelled, with one all is "
-                        "(default: 0.55,0.35)")
+                        "(default: those of the training)")
     p.add_argument('--scale', type=size_factor, default=1., metavar='FACTOR',
                    help="Size at which the network looks, as a factor of the image's (default: 1)")
     p.add_argument('--device', type=usable_device, default='cpu', help="cpu, cuda, cuda:1, mps … (default: cpu)")
@@ -313,7 +313,8 @@ def run_pseudo(o):
     free_to_write([o.out/f'{i}.png' for i in src.splits[o.split]], o.overwrite)
     model, options = load_afa(o.model, o.device)
     same_classes(model, src)
-    return write_tag_labels(model, src, o.out, o.split, o.stage, o.thresholds, o.scale, o.overwrite, _bar, **options)
+    if o.thresholds: options['thresholds'] = o.thresholds
+    return write_tag_labels(model, src, o.out, o.split, o.stage, o.scale, o.overwrite, _bar, **options)
 
 def print_tags(stats, title):
     "How often classes are, and how often together"

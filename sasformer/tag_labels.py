@@ -32,7 +32,7 @@ def load_afa(
 
 def _run_options(settings):
     afa = parse_method(json.loads(settings.read_text())['recipe']['method'])['afa']
-    return dict(cam_scales=afa.cam_scales, radius=afa.radius, iterations=afa.par_iterations, dilations=afa.dilations)
+    return dict(thresholds=afa.thresholds, cam_scales=afa.cam_scales, radius=afa.radius, iterations=afa.par_iterations, dilations=afa.dilations)
 
 # %% ../nbs/35_tag_labels.ipynb #f059bf98
 @torch.no_grad()
@@ -51,7 +51,7 @@ def image_stages(
     pictures = denormalise(x, statistics_of(model), 1)
     small = x if scale == 1 else F.interpolate(x, [max(32, round(n*scale)) for n in x.shape[-2:]], mode='bilinear')
     on = torch.tensor([[float(i in tags) for i in ids]], device=device)
-    if none is None: kw['background'] = (-1., -1.)   # some class always wins
+    if none is None: kw['thresholds'] = (-1.,)   # some class always wins
     table = id_table(ids, none)
     stages = label_stages(model, heads, small, pictures, on, **kw)
     return {name: table[label[0].cpu()].numpy().astype(np.uint8) for name, label in stages.items()}
@@ -81,13 +81,12 @@ def write_tag_labels(
     out:Path,        # Folder for `<id>.png`
     split:str='train', # Which of its splits
     stage:str='propagated_refined', # One of `STAGES`
-    thresholds=(.55, .35), # Background scores
     scale:float=1.,  # Of the images, for the network
     overwrite:bool=False, # Replace files that are there
     progress=None,   # Wraps the ids
     **kw,            # To `label_stages`
 )->list:             # The files
-    "Palette PNGs that `folder` reads"
+    "Palette PNGs that `folder` reads, doubtful pixels unlabelled"
     if stage not in STAGES: raise ValueError(f"stage={stage!r}: expected one of {', '.join(STAGES)}")
     if model.auxiliary['afa'].affinity is None and stage.startswith('propagated'):
         raise ValueError(f"stage={stage!r}: the model was trained without affinity, expected 'cam' or 'cam_refined'")
@@ -97,8 +96,7 @@ def write_tag_labels(
     if there and not overwrite: raise FileExistsError(f"{there[0]} is there already: overwrite replaces it")
     src.check_tags(split)
     out.mkdir(parents=True, exist_ok=True)
-    kw['background'] = [thresholds, thresholds]
     for i, f in zip((progress or iter)(ids), files):
-        label = image_stages(model, src.image(i), src.tags(i), src.classes, scale, **kw)[stage]
+        label = image_stages(model, src.image(i), src.tags(i), src.classes, scale, doubtful=True, **kw)[stage]
         write_label_map(f, label, src.palette)
     return files
