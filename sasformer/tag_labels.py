@@ -32,7 +32,8 @@ def load_afa(
 
 def _run_options(settings):
     afa = parse_method(json.loads(settings.read_text())['recipe']['method'])['afa']
-    return dict(thresholds=afa.thresholds, cam_scales=afa.cam_scales, radius=afa.radius, iterations=afa.par_iterations, dilations=afa.dilations)
+    return dict(thresholds=afa.thresholds, cam_scales=afa.cam_scales, radius=afa.radius, iterations=afa.par_iterations,
+                dilations=afa.dilations)
 
 # %% ../nbs/35_tag_labels.ipynb #f059bf98
 @torch.no_grad()
