@@ -327,7 +327,8 @@ def label_stages(
 )->dict:                    # Name of the stage → label map (B, H, W): 0 the background, 1… the classes
     "Label maps of the class activation maps, refined, propagated, and both"
     tap = _last_block(model) if heads.affinity is not None else None
-    for_maps, for_walk = (thresholds, thresholds) if doubtful else ([sum(thresholds)/len(thresholds)], [min(thresholds)])
+    one = [sum(thresholds)/len(thresholds)], [min(thresholds)]
+    for_maps, for_walk = (thresholds, thresholds) if doubtful else one
     with torch.no_grad(), tap or nullcontext():
         m = tag_maps(model, heads, x, cam_scales, tap)
         scores = {'cam': tagged_scores(m.maps, tags, for_maps)}
