@@ -256,11 +256,13 @@ def source_name(
     if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
     return name
 
+def _plain_number(text): return int(text) if text.strip().lstrip('-').isdecimal() else float(text)
+
 def _value(text, default):
     "An option from its text; several values have + between them, pairs a colon"
     if isinstance(default, bool): return {'true': True, 'false': False}[text.lower()]
     if isinstance(default, (int, float)): return type(default)(text)
-    if isinstance(default, tuple): return tuple(map(int, text.split('+')))
+    if isinstance(default, tuple): return tuple(map(_plain_number, text.split('+')))
     return text
 
 def source_options(
