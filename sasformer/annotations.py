@@ -202,7 +202,10 @@ def replacing(
     path = Path(path)
     unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode   # what the umask says; safetensors makes its files private
         yield unfinished
+        unfinished.chmod(mode)
         os.replace(unfinished, path)
     finally: unfinished.unlink(missing_ok=True)
 

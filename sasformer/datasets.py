@@ -50,12 +50,12 @@ def open_image(
             raw = str(im.tile[0].args) if im.tile else ''
             if value_range and ';16' in raw and im.mode == 'RGB':
                 raise ValueError("16-bit colour is read as 8 bits: value_range works on grey only")
-            im = ImageOps.exif_transpose(im)   # reads the pixels too
+            ImageOps.exif_transpose(im, in_place=True)   # reads the pixels too; a copy of a large image is dear
             if im.mode[0] in 'IF': im = _eight_bits(im, value_range)
             if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-            return im.convert('RGB')
+            return im if im.mode == 'RGB' else im.convert('RGB')
     except FileNotFoundError: raise LayoutError(f"{path}: no such image") from None
 
 # %% ../nbs/01_datasets.ipynb #84e29fff
@@ -864,7 +864,7 @@ def _write_scenes(src, path, settings):
                 write_label_map(tmp/'labels'/s/f'{i}.png', src.mask(i), src.palette)
         (tmp/'codes.txt').write_text('\n'.join(src.classes)+'\n')
         (tmp/'scenes.json').write_text(json.dumps(settings)+'\n')
-        tmp.chmod(0o755)      # mkdtemp makes it private
+        tmp.chmod((tmp/'images').stat().st_mode)   # mkdtemp makes it private
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
