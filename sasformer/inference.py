@@ -95,7 +95,7 @@ def _bands(scores, shape, window, overlap):
             total[..., left:left+ww] += y
             count[:, left:left+ww] += 1
         done = below-top
-        yield top, total[..., :done, :]/count[:done]
+        yield top, total[..., :done, :].div_(count[:done])
         total, count = (F.pad(t[..., done:, :], (0, 0, 0, done)) for t in (total, count))
 
 def _sliding(model, x, window, overlap, **kw):
@@ -175,10 +175,11 @@ def _band_ids(model, x, flip, window, overlap=.5, **kw):
         seen = [x[rows, cols], x[rows, ::-1][:, cols]] if flip else [x[rows, cols]]
         batch = torch.tensor(np.stack(seen)).permute(0, 3, 1, 2)
         return predict_logits(model, normalise(batch, statistics_of(model)), **kw)
-    for _, y in _bands(scores, x.shape[:2], window, overlap):
-        y = y.softmax(1)
-        if flip: y = (y[:1] + y[1:].flip(-1))/2
-        yield _class_ids(y.clamp_min_(torch.finfo(y.dtype).tiny).log_())
+    for _, band in _bands(scores, x.shape[:2], window, overlap):
+        for y in band.split(64, 2):   # what follows takes copies, so that a few rows at a time are enough
+            y = y.softmax(1)
+            if flip: y = (y[:1] + y[1:].flip(-1))/2
+            yield _class_ids(y.clamp_min_(torch.finfo(y.dtype).tiny).log_())
 
 def predict_image(
     model:nn.Module,  # Gives scores (B, C, h, w)
