@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['scale_list', 'window_side', 'usable_device', 'inference_options', 'open_model', 'run_recipe', 'run_value_range',
-           'open_data', 'open_groups', 'same_classes', 'table_text', 'result', 'eval_parser', 'is_result', 'report',
-           'measure_stages', 'main']
+           'open_data', 'open_groups', 'labels_of', 'same_classes', 'table_text', 'result', 'eval_parser', 'is_result',
+           'report', 'measure_stages', 'main']
 
 # %% ../nbs/61_evaluate.ipynb #7a5de9d5
 import argparse, json, math, time
@@ -115,6 +115,17 @@ def open_groups(
     return src.groups(run_recipe(settings).get('annotation', 'dense'))
 
 # %% ../nbs/61_evaluate.ipynb #f4d4f8af
+def labels_of(
+    model:Path,   # As for `open_model`
+    src,          # Data set
+    split:str,    # Which of its splits
+)->str:           # 'dense', or the run's annotation where no image of the split has a mask
+    "What predictions can be compared with"
+    settings = (model if model.is_dir() else model.parent)/'settings.json'
+    masks = src.mask_kind == 'dense' and any(i in src.masks for i in src.splits[split])
+    if masks or not settings.exists(): return 'dense'
+    return run_recipe(settings).get('annotation', 'dense')
+
 def same_classes(
     model,  # From `open_model`
     src,    # Data set
@@ -187,18 +198,19 @@ def is_result(
 def report(cm, src, o, machine, seconds, processes, stages=None, groups=()):
     "Print the numbers and write them to `o.out`"
     from sasformer.machine import environment
-    images = len(src.splits[o.split])
+    images, annotation = len(src.splits[o.split]), labels_of(o.model, src, o.split)
+    of = 'the masks of' if annotation == 'dense' else f"the {annotation.partition(':')[0]} labels (no masks) of"
     print(table_text(cm, src.classes))
     print(f"mIoU {100*cm.miou:.2f}, pixel accuracy {100*cm.pixel_accuracy:.2f}, "
           f"mean accuracy {100*cm.mean_accuracy:.2f} "
-          f"on {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
+          f"on {of} {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
     if groups:
         print('mIoU of '+', '.join(f'{k} {100*v:.2f}' for k, v in dict(all=cm.miou, **cm.group_iou(groups)).items()))
     for name, m in (stages or {}).items(): print(f"{name.replace('_', ', ')}, from tags: mIoU {100*m.miou:.2f}")
     if not o.out: return
     write_json(o.out, dict(
-        model=str(o.model), data=src.name, split=o.split, images=images, scales=list(o.scales), flip=o.flip,
-        crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
+        model=str(o.model), data=src.name, split=o.split, images=images, labels=annotation, scales=list(o.scales),
+        flip=o.flip, crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
         **result(cm, src.classes, groups),
         **({'stages': {k: result(m, src.classes) for k, m in stages.items()}} if stages else {}),
         seconds=seconds, processes=processes, **environment()))
@@ -235,7 +247,7 @@ def main(args=None):
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
         cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
-                      window=o.window, dtype=machine.dtype)
+                      window=o.window, dtype=machine.dtype, annotation=labels_of(o.model, src, o.split))
         stages = measure_stages(model, options, src, o) if first and o.stages else {}
         if first: report(cm, src, o, machine, time.time()-start, n, stages, groups)
     finally: stop_processes()

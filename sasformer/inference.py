@@ -84,7 +84,7 @@ def window_starts(
     return [round(i*(length-window)/(n-1)) for i in range(n)]
 
 def _bands(scores, shape, window, overlap):
-    "Yield (first row, scores averaged where windows overlap) of rows as they are complete; `scores(rows, columns)`"
+    "Yield (first row, scores averaged where windows overlap) of rows as they are complete, until the next is asked for"
     (h, w), (wh, ww), total = shape, (window, window) if isinstance(window, int) else window, None
     if min(wh, ww) < 1: raise ValueError(f'window={window}: expected sides of at least 1 pixel')
     tops = window_starts(h, wh, overlap)
@@ -94,14 +94,16 @@ def _bands(scores, shape, window, overlap):
             if total is None: total, count = y.new_zeros(*y.shape[:2], min(wh, h), w), y.new_zeros(min(wh, h), w)
             total[..., left:left+ww] += y
             count[:, left:left+ww] += 1
-        done = below-top
+        done, keep = below-top, min(wh, h)-below+top
         yield top, total[..., :done, :].div_(count[:done])
-        total, count = (F.pad(t[..., done:, :], (0, 0, 0, done)) for t in (total, count))
+        for t in (total, count):   # the same memory for the next band
+            t[..., :keep, :] = t[..., done:, :].clone()
+            t[..., keep:, :] = 0
 
 def _sliding(model, x, window, overlap, **kw):
     "Scores at the size of `x`, averaged where windows overlap"
     scores = lambda rows, cols: predict_logits(model, x[..., rows, cols], **kw)
-    return torch.cat([y for _, y in _bands(scores, x.shape[-2:], window, overlap)], 2)
+    return torch.cat([y.clone() for _, y in _bands(scores, x.shape[-2:], window, overlap)], 2)
 
 # %% ../nbs/32_inference.ipynb #74989207
 paper_scales = (.5, .75, 1., 1.25, 1.5, 1.75, 2.)
@@ -146,20 +148,22 @@ def evaluate(
     scales=(1.,),       # See `multi_scale_logits`
     flip:bool=False,    # See `multi_scale_logits`
     progress=True,      # Show a progress bar; or a function that wraps the ids
+    annotation='dense', # What to compare with: the masks, or sparse labels
     distributed=False,  # Share the images among the processes of a distributed run and sum (every process must call)
     **kw,               # To `multi_scale_logits`: `crf`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->ConfusionMatrix:
-    "Compare predictions with the dense masks of a data set, image by image, each at its full size"
+    "Compare predictions with the masks of a data set, image by image, each at its full size"
     if split not in src.splits: raise ValueError(f'{src.name}: no split {split!r}, expected one of {list(src.splits)}')
     ids, cm = src.splits[split], ConfusionMatrix(len(src.classes))
     without = [i for i in ids if i not in src.masks]
-    if without:
+    if without and annotation == 'dense':
         raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, '
                          f'the first is {without[0]}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
     for i in _bar(ids, progress):
         y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
-        try: cm.update(y, torch.from_numpy(src.mask(i)).long()[None].to(y.device))
+        labels = src.mask(i) if annotation == 'dense' else src.annotation(i, annotation)
+        try: cm.update(y, torch.from_numpy(labels).long()[None].to(y.device))
         except ValueError as e: raise ValueError(f'{src.name}, image {i}: {e}') from e
     return cm.all_reduce() if distributed else cm
 
