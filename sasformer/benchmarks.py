@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CAMVID_CLASSES', 'CAMVID_PALETTE', 'CITYSCAPES', 'COCO_CLASSES', 'SOURCES', 'camvid', 'ObjectTags', 'voc2012',
-           'cityscapes', 'ade20k', 'coco2014', 'cocostuff10k', 'source_name', 'source_options', 'get_source']
+           'cityscapes', 'ade20k', 'coco2014', 'cocostuff10k', 'source_name', 'source_options', 'data_set',
+           'get_source']
 
 # %% ../nbs/03_benchmarks.ipynb #b3a0c003
-import inspect
+import argparse, inspect
 from pathlib import Path
 import numpy as np
 from defusedxml import DefusedXmlException, ElementTree
@@ -256,11 +257,13 @@ def source_name(
     if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
     return name
 
+def _plain_number(text): return int(text) if text.strip().lstrip('-').isdecimal() else float(text)
+
 def _value(text, default):
     "An option from its text; several values have + between them, pairs a colon"
     if isinstance(default, bool): return {'true': True, 'false': False}[text.lower()]
     if isinstance(default, (int, float)): return type(default)(text)
-    if isinstance(default, tuple): return tuple(map(int, text.split('+')))
+    if isinstance(default, tuple): return tuple(map(_plain_number, text.split('+')))
     return text
 
 def source_options(
@@ -279,6 +282,14 @@ def source_options(
             out[key] = dict(map(int, o.split(':')) for o in text.split('+')) if pairs else _value(text, params[key])
         except (ValueError, KeyError): raise ValueError(f"data {spec!r}: {key}={text!r} is no such value") from None
     return out
+
+def data_set(
+    text:str,   # 'folder:masks=labels,ending=_mask'
+)->str:         # The same
+    "An argument of a command line that names a data set and its options, checked"
+    try: source_options(text)
+    except ValueError as e: raise argparse.ArgumentTypeError(str(e)) from None
+    return text
 
 def get_source(
     name:str,          # One of `SOURCES`, perhaps with options of its constructor: 'folder:masks=labels,ending=_mask'

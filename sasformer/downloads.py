@@ -6,7 +6,8 @@
 __all__ = ['DOWNLOADS', 'DownloadError', 'Archive', 'download', 'extract', 'download_cli']
 
 # %% ../nbs/04_downloads.ipynb #d4a0c003
-import errno, hashlib, shutil, stat, sys, tarfile, tempfile, urllib.error, urllib.parse, urllib.request, zipfile, zlib
+import errno, hashlib, lzma, shutil, stat, sys, tarfile, tempfile, zipfile, zlib
+import urllib.error, urllib.parse, urllib.request
 from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
@@ -98,7 +99,15 @@ def _attempt(url, part, timeout, progress):
 
 def _kept(part):
     have = part.stat().st_size if part.exists() else 0
-    return f"{have} bytes are kept in {part}, the next call goes on from there"
+    if not have or part.with_name(part.name+'.tag').exists():
+        return f"{have} bytes are kept in {part}, the next call goes on from there"
+    return f"the server does not say which file its {have} bytes are of, so the next call begins again"
+
+def _begins(path):
+    "The first characters of a file, for a message"
+    with open(path, 'rb') as f: return f.read(60).decode('ascii', 'replace').split('\n')[0][:40]
+
+def _is_archive(path): return zipfile.is_zipfile(path) or tarfile.is_tarfile(path)
 
 def _verify(path, checksum, hint):
     if checksum and (found := _digest(path, checksum)) != checksum.lower():
@@ -106,6 +115,8 @@ def _verify(path, checksum, hint):
     return path
 
 # %% ../nbs/04_downloads.ipynb #3b87379c
+_ARCHIVES = '.zip', '.tar', '.tgz', '.tar.gz', '.tar.bz2', '.tar.xz'
+
 def download(
     url:str,            # http or https
     dest,               # File to write; one that is there already is only verified
@@ -119,7 +130,11 @@ def download(
     dest = Path(dest)
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
         raise DownloadError(f"{url}: only http and https are fetched")
-    if dest.exists(): return _verify(dest, checksum, "delete it to fetch it again")
+    archive = dest.name.lower().endswith(_ARCHIVES)
+    if dest.exists():
+        if archive and checksum is None and not _is_archive(dest):
+            raise DownloadError(f"{dest}: is no archive, it begins with {_begins(dest)!r}; delete it to fetch it again")
+        return _verify(dest, checksum, "delete it to fetch it again")
     dest.parent.mkdir(parents=True, exist_ok=True)
     part = dest.with_name(dest.name+'.part')
     if not resume: part.unlink(missing_ok=True)
@@ -128,24 +143,41 @@ def download(
         if why is None: break
     else: raise DownloadError(f"{url}: {why} ({retries+1} attempts); {_kept(part)}")
     part.with_name(part.name+'.tag').unlink(missing_ok=True)
-    try: _verify(part, checksum, "it is removed, fetch it again")
+    try:
+        if archive and not _is_archive(part):   # a page about a login, or about a file that has moved
+            raise DownloadError(f"{url}: what came is no archive, it begins with {_begins(part)!r}; it is removed")
+        _verify(part, checksum, "it is removed, fetch it again")
     except DownloadError:
         part.unlink()
         raise
     return part.replace(dest)
 
 # %% ../nbs/04_downloads.ipynb #7740f205
-def _check_zip(z, archive):
+def _check_size(total, limit, archive):
+    if total > limit:
+        raise DownloadError(f"{archive}: unpacks to more than {limit/1e9:.3g} GB, the smaller of what is free and of "
+                            "max_bytes= of `extract`")
+
+def _check_zip(z, archive, limit):
+    _check_size(sum(m.file_size for m in z.infolist()), limit, archive)   # no more than this is ever written
     for m in z.infolist():
         parts = m.filename.replace('\\', '/').split('/')
         if '..' in parts or not parts[0] or ':' in parts[0]:
             raise DownloadError(f"{archive}: member {m.filename!r} lies outside the folder")
         if stat.S_ISLNK(m.external_attr>>16): raise DownloadError(f"{archive}: member {m.filename!r} is a link")
 
-def _unpack_tar(t, folder, archive):
+def _unpack_tar(t, folder, archive, limit):
     "By Python's own filter; 3.11.2, as on Debian 12, has none yet: there every member is checked before the first"
-    if hasattr(tarfile, 'data_filter'): return t.extractall(folder, filter='data')
+    total = 0
+    def counted(m, path):
+        nonlocal total
+        total += m.size
+        _check_size(total, limit, archive)
+        return tarfile.data_filter(m, path)
+    if hasattr(tarfile, 'data_filter'): return t.extractall(folder, filter=counted)
     for m in t.getmembers():
+        total += m.size
+        _check_size(total, limit, archive)
         if not (m.isfile() or m.isdir()):
             raise DownloadError(f"{archive}: member {m.name!r} is neither a file nor a folder")
         if m.name.startswith('/') or '..' in m.name.split('/'):
@@ -155,23 +187,26 @@ def _unpack_tar(t, folder, archive):
 def extract(
     archive,       # .zip, .tar, .tgz …
     dest,          # Folder
+    max_bytes=200e9,  # Of what is unpacked; no more than what is free either
 )->list:           # What now lies in `dest`: the archive's topmost files and folders
     "Unpack an archive into a folder, and only there"
     archive, dest = Path(archive), Path(dest)
     dest.mkdir(parents=True, exist_ok=True)
     tmp = Path(tempfile.mkdtemp(prefix='.unpack.', dir=dest))
+    limit = min(max_bytes, shutil.disk_usage(dest).free)
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as z:
-                _check_zip(z, archive)
+                _check_zip(z, archive, limit)
                 z.extractall(tmp)
         else:
-            with tarfile.open(archive) as t: _unpack_tar(t, tmp, archive)
+            with tarfile.open(archive) as t: _unpack_tar(t, tmp, archive, limit)
         tops = sorted(tmp.iterdir())
         there = [o.name for o in tops if (dest/o.name).exists()]
         if there: raise DownloadError(f"{dest/there[0]} is there already; move it away to unpack {archive} again")
         return [o.rename(dest/o.name) for o in tops]
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as e:
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, RuntimeError,
+            NotImplementedError) as e:
         raise DownloadError(f"{archive}: cannot be unpacked: {e}") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
@@ -216,6 +251,8 @@ def download_cli(
         archive = Path(path)/a.url.rpartition('/')[2]
         keep = keep or archive.exists()      # not fetched by this call: it is the reader's
         download(a.url, archive, a.checksum, progress=_show_progress)
+        if a.checksum is None:
+            print(f"{name} has no published checksum; this file is {_digest(archive, 'sha256:')}")
         print('unpacked:', ', '.join(str(o) for o in extract(archive, path)))
         if not keep: archive.unlink()
     except (OSError, ValueError) as e: sys.exit(f"sasformer_data: {e}")

@@ -29,7 +29,9 @@ from .segmenters import evaluating
 def _rgb(image):
     "Path, PIL image or array → upright uint8 array (H, W, 3)"
     if isinstance(image, (str, Path)): image = open_image(image)
-    if isinstance(image, Image.Image): image = ImageOps.exif_transpose(image).convert('RGB')
+    if isinstance(image, Image.Image):   # copied only where need be: some are of a hundred million pixels
+        if image.getexif().get(0x0112, 1) > 1: image = ImageOps.exif_transpose(image)
+        if image.mode != 'RGB': image = image.convert('RGB')
     x = np.asarray(image)
     if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
         raise ValueError(f'expected a uint8 array (H, W, 3), got {x.dtype} {x.shape}')
@@ -81,18 +83,27 @@ def window_starts(
     n = math.ceil((length-window)/(window*(1-overlap))) + 1
     return [round(i*(length-window)/(n-1)) for i in range(n)]
 
+def _bands(scores, shape, window, overlap):
+    "Yield (first row, scores averaged where windows overlap) of rows as they are complete, until the next is asked for"
+    (h, w), (wh, ww), total = shape, (window, window) if isinstance(window, int) else window, None
+    if min(wh, ww) < 1: raise ValueError(f'window={window}: expected sides of at least 1 pixel')
+    tops = window_starts(h, wh, overlap)
+    for top, below in zip(tops, [*tops[1:], h]):
+        for left in window_starts(w, ww, overlap):
+            y = scores(slice(top, top+wh), slice(left, left+ww))
+            if total is None: total, count = y.new_zeros(*y.shape[:2], min(wh, h), w), y.new_zeros(min(wh, h), w)
+            total[..., left:left+ww] += y
+            count[:, left:left+ww] += 1
+        done, keep = below-top, min(wh, h)-below+top
+        yield top, total[..., :done, :].div_(count[:done])
+        for t in (total, count):   # the same memory for the next band
+            t[..., :keep, :] = t[..., done:, :].clone()
+            t[..., keep:, :] = 0
+
 def _sliding(model, x, window, overlap, **kw):
     "Scores at the size of `x`, averaged where windows overlap"
-    wh, ww = (window, window) if isinstance(window, int) else window
-    total, count = None, x.new_zeros(x.shape[-2:])
-    for top in window_starts(x.shape[-2], wh, overlap):
-        for left in window_starts(x.shape[-1], ww, overlap):
-            part = (..., slice(top, top+wh), slice(left, left+ww))
-            y = predict_logits(model, x[part], **kw)
-            if total is None: total = y.new_zeros(*y.shape[:2], *x.shape[-2:])
-            total[part] += y
-            count[part[1:]] += 1
-    return total/count
+    scores = lambda rows, cols: predict_logits(model, x[..., rows, cols], **kw)
+    return torch.cat([y.clone() for _, y in _bands(scores, x.shape[-2:], window, overlap)], 2)
 
 # %% ../nbs/32_inference.ipynb #74989207
 paper_scales = (.5, .75, 1., 1.25, 1.5, 1.75, 2.)
@@ -137,20 +148,22 @@ def evaluate(
     scales=(1.,),       # See `multi_scale_logits`
     flip:bool=False,    # See `multi_scale_logits`
     progress=True,      # Show a progress bar; or a function that wraps the ids
+    annotation='dense', # What to compare with: the masks, or sparse labels
     distributed=False,  # Share the images among the processes of a distributed run and sum (every process must call)
     **kw,               # To `multi_scale_logits`: `crf`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->ConfusionMatrix:
-    "Compare predictions with the dense masks of a data set, image by image, each at its full size"
+    "Compare predictions with the masks of a data set, image by image, each at its full size"
     if split not in src.splits: raise ValueError(f'{src.name}: no split {split!r}, expected one of {list(src.splits)}')
     ids, cm = src.splits[split], ConfusionMatrix(len(src.classes))
     without = [i for i in ids if i not in src.masks]
-    if without:
+    if without and annotation == 'dense':
         raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, '
                          f'the first is {without[0]}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
     for i in _bar(ids, progress):
         y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
-        try: cm.update(y, torch.from_numpy(src.mask(i)).long()[None].to(y.device))
+        labels = src.mask(i) if annotation == 'dense' else src.annotation(i, annotation)
+        try: cm.update(y, torch.from_numpy(labels).long()[None].to(y.device))
         except ValueError as e: raise ValueError(f'{src.name}, image {i}: {e}') from e
     return cm.all_reduce() if distributed else cm
 
@@ -169,6 +182,23 @@ def evaluate_groups(
     return {g: evaluated(groups[g]) for g in _bar(list(groups), progress)}
 
 # %% ../nbs/32_inference.ipynb #ffb6649a
+def _class_ids(y):
+    "Scores (1, C, H, W) → class ids (H, W), uint8"
+    if y.shape[1] > 254: raise ValueError(f'the model scores {y.shape[1]} classes: a label map holds at most 254')
+    return y[0].argmax(0).byte().cpu().numpy()
+
+def _band_ids(model, x, flip, window, overlap=.5, **kw):
+    "Class ids of an array (H, W, 3), band by band; with `flip`, windows of the mirror image beside those of the image"
+    def scores(rows, cols):
+        seen = [x[rows, cols], x[rows, ::-1][:, cols]] if flip else [x[rows, cols]]
+        batch = torch.tensor(np.stack(seen)).permute(0, 3, 1, 2)
+        return predict_logits(model, normalise(batch, statistics_of(model)), **kw)
+    for _, band in _bands(scores, x.shape[:2], window, overlap):
+        for y in band.split(64, 2):   # what follows takes copies, so that a few rows at a time are enough
+            y = y.softmax(1)
+            if flip: y = (y[:1] + y[1:].flip(-1))/2
+            yield _class_ids(y.clamp_min_(torch.finfo(y.dtype).tiny).log_())
+
 def predict_image(
     model:nn.Module,  # Gives scores (B, C, h, w)
     image,            # Path, PIL image, or uint8 array (H, W, 3)
@@ -176,10 +206,11 @@ def predict_image(
     flip:bool=False,  # See `multi_scale_logits`
     **kw,             # To `multi_scale_logits`: `crf`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->np.ndarray:        # Class ids (H, W), uint8, for the upright image
-    "The label map of one photograph"
-    y = multi_scale_logits(model, image_tensor(image, model), scales, flip, **kw)[0]
-    if len(y) > 254: raise ValueError(f'the model scores {len(y)} classes: a label map holds at most 254')
-    return y.argmax(0).byte().cpu().numpy()
+    "The label map of one photograph; with a window, at scale 1 and without CRF, memory is for one band of scores"
+    if kw.get('window') is not None and tuple(scales) == (1.,) and not kw.get('crf'):
+        kw.pop('crf', None)
+        return np.concatenate(list(_band_ids(model, _rgb(image), flip, **kw)))
+    return _class_ids(multi_scale_logits(model, image_tensor(image, model), scales, flip, **kw))
 
 # %% ../nbs/32_inference.ipynb #550bec14
 def overlay(
@@ -189,15 +220,19 @@ def overlay(
     alpha:float=.5,        # Weight of the colour, 0 to 1
 )->Image.Image:
     "Label map in colour over its image"
-    x, palette = _rgb(image), voc_palette() if palette is None else np.asarray(palette)
+    x, palette = _rgb(image), np.asarray(voc_palette() if palette is None else palette)
     if x.shape[:2] != label_map.shape:
         raise ValueError(f'image {x.shape[:2]} and label map {label_map.shape} differ in size')
     drawn = label_map < 254
     if drawn.any() and (top := label_map[drawn].max()) >= len(palette):
         raise ValueError(f'label map has class {top}, palette only {len(palette)} colours')
-    y = x.astype(np.float32)
-    y[drawn] = (1-alpha)*y[drawn] + alpha*palette[label_map[drawn]]
-    return Image.fromarray(y.round().astype(np.uint8))
+    y = x.copy()
+    for top in range(0, len(y), 256):   # in bands: as floating point a large image would be four times as large
+        rows = slice(top, top+256)
+        on, band = drawn[rows], y[rows].astype(np.float32)
+        band[on] = (1-alpha)*band[on] + alpha*palette[label_map[rows][on]]
+        y[rows] = band.round()
+    return Image.fromarray(y)
 
 # %% ../nbs/32_inference.ipynb #37dad077
 def legend(
@@ -230,20 +265,20 @@ class FolderReport:
         return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + reasons
 
 # %% ../nbs/32_inference.ipynb #58cb0089
-def _find_images(images, on_error):
+def _find_images(images, on_error, value_range=None):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
     if folder: files = sorted(Path(images).iterdir())
     else: files = [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
     def problem(f):
-        try: open_image(f)
+        try: open_image(f, value_range)
         except (ValueError, OSError) as e: return e
     found, skipped, wanted = {}, {}, []
     for f in files:
         if not folder or not (f.is_dir() or f.suffix.lower() not in IMAGE_SUFFIXES): wanted.append(f)
         else: skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
-    with ThreadPoolExecutor() as pool: problems = list(pool.map(problem, wanted))
+    with ThreadPoolExecutor(4) as pool: problems = list(pool.map(problem, wanted))
     for f, e in zip(wanted, problems):
         if e is not None:
             if on_error == 'raise': raise e
@@ -262,7 +297,11 @@ def _outputs(found, out, overlays, classes, overwrite):
     masks = {stem: out/f'{stem}.png' for stem in found}
     pictures = {stem: out/'overlays'/f'{stem}.jpg' for stem in found} if overlays else {}
     key = out/'overlays'/'legend.png' if overlays and classes is not None else None
-    there = [p for p in [*masks.values(), *pictures.values(), *([key] if key else [])] if p.exists()]
+    written = [*masks.values(), *pictures.values(), *([key] if key else [])]
+    read = {f.resolve() for f in found.values()}
+    own = next((p for p in written if p.resolve() in read), None)
+    if own: raise ValueError(f'{own} is one of the images: expected another folder')
+    there = [p for p in written if p.exists()]
     if there and not overwrite:
         more = f' and {len(there)-1} more' if len(there) > 1 else ''
         raise FileExistsError(f'{there[0]}{more} there already: give overwrite=True to replace')
@@ -279,12 +318,13 @@ def predict_folder(
     alpha:float=.5,         # Weight of the colour in overlays
     overwrite:bool=False,   # Replace files that are there
     on_error:str='raise',   # Unreadable image: 'raise' before any work, or 'skip' and say so in the report
+    value_range=None,       # Of grey of more than 8 bits, see `open_image`
     progress=True,          # Show a progress bar; or a function that wraps the images
     **kw,                   # To `predict_image`: `scales`, `flip`, `crf`, `window`, `dtype`, …
 )->FolderReport:
     "Write a palette PNG mask, upright and of the image's size, and an overlay for every image"
     palette = voc_palette() if palette is None else palette
-    found, skipped = _find_images(images, on_error)
+    found, skipped = _find_images(images, on_error, value_range)
     masks, pictures, key = _outputs(found, Path(out), overlays, classes, overwrite)
     picture_key = legend(classes, palette) if key else None
     (Path(out)/'overlays' if overlays else Path(out)).mkdir(parents=True, exist_ok=True)
@@ -298,10 +338,10 @@ def predict_folder(
     # the next image is read and the last mask written while the model looks at this one
     with ThreadPoolExecutor(2) as pool:
         todo, written = list(found.items()), None
-        upcoming = pool.submit(open_image, todo[0][1])
+        upcoming = pool.submit(open_image, todo[0][1], value_range)
         for i, (stem, _) in enumerate(_bar(todo, progress)):
             image = upcoming.result()
-            if i+1 < len(todo): upcoming = pool.submit(open_image, todo[i+1][1])
+            if i+1 < len(todo): upcoming = pool.submit(open_image, todo[i+1][1], value_range)
             label_map = predict_image(model, image, **kw)
             if written is not None: written.result()   # raises what went wrong there
             written = pool.submit(write, stem, image, label_map)

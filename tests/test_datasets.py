@@ -57,7 +57,7 @@ def server():
 def interrupted(server, dest, at=100_000):
     "Leave a part of `at` bytes behind"
     server.break_at = at
-    with pytest.raises(DownloadError, match=f'the connection broke.*{at} bytes are kept'):
+    with pytest.raises(DownloadError, match=f'the connection broke.*{at} bytes are '):
         download(server.url, dest, SHA, retries=0)
     server.break_at = None
     assert dest.with_name('set.bin.part').stat().st_size == at and not dest.exists()
@@ -182,6 +182,46 @@ def test_bad_archive_leaves_nothing(tmp_path, make):
     archive = make(tmp_path/'archive')
     with pytest.raises(DownloadError, match='archive'): extract(archive, tmp_path/'in/here')
     assert sorted(o.relative_to(tmp_path).as_posix() for o in tmp_path.rglob('*')) == ['archive','in','in/here']
+
+@pytest.mark.parametrize('kind', ['zip', 'gztar'])
+def test_archives_that_unpack_to_too_much(tmp_path, kind):
+    (tmp_path/'made').mkdir()
+    (tmp_path/'made/zeros').write_bytes(bytes(100_000))
+    archive = shutil.make_archive(tmp_path/'bomb', kind, tmp_path/'made')
+    with pytest.raises(DownloadError, match='bomb.*unpacks to more than'):
+        extract(archive, tmp_path/'out', max_bytes=9e4)
+    assert not list((tmp_path/'out').iterdir())
+    assert extract(archive, tmp_path/'out', max_bytes=1e5) == [tmp_path/'out/zeros']
+
+def test_a_page_in_place_of_an_archive(server, tmp_path):
+    "It never gets the archive's name, so the next call is free to try again"
+    server.body = b'<!DOCTYPE html><p>Please log in'
+    for _ in range(2):
+        with pytest.raises(DownloadError, match="what came is no archive, it begins with '<!DOCTYPE html>"):
+            download(server.url, tmp_path/'set.zip')
+        assert not list(tmp_path.iterdir())
+    (tmp_path/'set.zip').write_bytes(server.body)
+    with pytest.raises(DownloadError, match='set.zip: is no archive.*delete it'):
+        download(server.url, tmp_path/'set.zip')
+
+def test_what_is_promised_of_a_server_without_tags(server, tmp_path):
+    server.tag, server.break_at = None, 100_000
+    with pytest.raises(DownloadError, match='its 100000 bytes are of, so the next call begins again'):
+        download(server.url, tmp_path/'set.bin', SHA, retries=0)
+
+@pytest.mark.skipif(os.name == 'nt', reason='no umask')
+def test_files_follow_the_umask(tmp_path):
+    from sasformer.annotations import replacing
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path/'a') as f: os.close(os.open(f, os.O_CREAT|os.O_WRONLY, 0o600))
+        with replacing(tmp_path/'b') as f:
+            f.write_text('b')
+            f.chmod(0o600)
+        scenes(tmp_path/'made', 1, 1, size=32)
+    finally: os.umask(before)
+    modes = [oct((tmp_path/n).stat().st_mode)[-3:] for n in ('a', 'b', 'made', 'made/codes.txt')]
+    assert modes == ['640', '640', '750', '640']
 
 def test_good_tar(tmp_path):
     tar_with(tmp_path/'a.tgz', 'top/file')
