@@ -203,7 +203,7 @@ def test_eval_measures_every_stage(whole, tmp_path):
 def test_a_model_without_heads_says_so(tmp_path, capsys):
     save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
     with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
-    with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes', '--stages'])
+    with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes:n_train=2,n_val=1,size=64', '--stages'])
     printed = capsys.readouterr()
     assert 'holds no heads of AFA' in printed.err and printed.err.count('\n') == 1 and not printed.out
 
