@@ -200,10 +200,10 @@ def test_eval_measures_every_stage(whole, tmp_path):
     pixels = {sum(o['pixels'].values()) for o in (found, *found['stages'].values())}
     assert len(pixels) == 1 and all(0 <= o['miou'] <= 1 for o in found['stages'].values())
 
-def test_a_model_without_heads_says_so(tmp_path, capsys):
+def test_a_model_without_heads_says_so(tags, tmp_path, capsys):
     save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
     with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
-    with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes:n_train=2,n_val=1,size=64', '--stages'])
+    with pytest.raises(SystemExit): evaluate([str(tmp_path), *map(str, tags[:4]), '--stages'])
     printed = capsys.readouterr()
     assert 'holds no heads of AFA' in printed.err and printed.err.count('\n') == 1 and not printed.out
 
