@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'alternate', 'summary', 'matmul_peak', 'resident_peak', 'fr
 
 # %% ../nbs/33_measure.ipynb #8cdb4218
 import argparse, contextlib, copy, subprocess, sys, tempfile, time
+from functools import cached_property
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 from fastcore.all import L, partial, patch
@@ -104,11 +105,12 @@ class Step:
         self.model = create_segmenter(f'segformer_{o.model}', o.classes, last_stride=o.last_stride)
         self.model.to(self.device, memory_format=fmt)
         self.tap, self.fmt, self.quick = AttentionTap(self.model), fmt, QuickAttention()
-        self.compiled = torch.compile(self.model)   # nothing is compiled before it is called
         self.opt = OPTIMISERS['sgd'](self.model.parameters(), lr=1e-3)
         src = scenes(n_train=o.batch, n_val=1, size=o.size)
         self.data = sparse_dataloaders(src, 'scribble', size=o.size, bs=o.batch, device=self.device,
                                        scales=(1., 1.5)).train
+    @cached_property
+    def compiled(self): return torch.compile(self.model)   # the import of the compiler alone takes seconds
     def sync(self):
         if self.device.type == 'cuda': torch.cuda.synchronize()
     def batch(self):

@@ -1,8 +1,9 @@
 "What the tests share"
-import os
+import multiprocessing, os, random, socket, sys, tempfile
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
@@ -29,6 +30,55 @@ class KeepPrecision(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.softmax: kwargs = {n: a for n, a in kwargs.items() if n != 'dtype'}
         return func(*args, **(kwargs or {}))
+
+
+class Forked:
+    """`f(*args)` in a fork of this process: one that can be killed, without the ten seconds of a new one's imports.
+    Its random numbers begin anew, as those of a new one do; what it prints goes into a file"""
+    def __init__(self, f, *args, **env):
+        self.log = tempfile.TemporaryFile('w+', buffering=1)
+        self.process = multiprocessing.get_context('fork').Process(target=self._run, args=(f, args, env))
+        self.process.start()
+
+    def _run(self, f, args, env):
+        os.environ.update(CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true', **env)
+        sys.stdout = sys.stderr = self.log
+        random.seed(), np.random.seed(), torch.seed()
+        f(*args)
+
+    @property
+    def printed(self):
+        self.log.seek(0)
+        return self.log.read()
+
+    def poll(self): return self.process.exitcode
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+    def finish(self, timeout=300):
+        self.process.join(timeout)
+        assert self.process.exitcode == 0, self.printed
+        return self.printed
+
+
+def connected(f, *args):
+    "`f(*args)` in a process that a launcher has started, PyTorch's processes connected"
+    import torch.distributed as dist
+    dist.init_process_group('gloo')
+    f(*args)
+    dist.barrier()
+    dist.destroy_process_group()   # left to the end of the process, its threads may outlive it
+
+
+def fork_two(f, *args):
+    "`f(*args)` in two processes, as a launcher would start them"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE='2', LOCAL_WORLD_SIZE='2')
+    return [Forked(f, *args, **env, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
 
 
 def write_folder(src, path):

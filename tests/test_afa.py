@@ -1,5 +1,5 @@
 "Masks from tags: what AFA teaches, refuses and leaves behind, in one process and in two, killed and resumed"
-import json, signal, time
+import json
 
 import numpy as np, pytest, torch
 from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, pair_loss, random_walk, window_mask
@@ -13,8 +13,8 @@ from sasformer.learner import load_segmenter, save_segmenter, sparse_learner
 from sasformer.methods import STAGES, parse_method
 from sasformer.tag_labels import evaluate_stages, load_afa
 from sasformer.segmenters import create_segmenter
-from conftest import write_folder
-from test_train import finish, program, rows, start, weights
+from conftest import fork_two, write_folder
+from test_train import SMALL, kill_in_second_epoch, rows, start, train, weights
 
 METHOD = 'afa:labels_from=0.3,propagated_from=0.6,par_iterations=2'
 
@@ -34,7 +34,7 @@ def tags(src, tmp_path_factory):
 @pytest.fixture(scope='module')
 def whole(tags, tmp_path_factory):
     out = tmp_path_factory.mktemp('runs')/'whole'
-    return out, finish(start(*tags, '--out', out))
+    return out, start(*tags, '--out', out).finish()
 
 
 def test_affinity_of_any_transformer_is_that_of_its_layers():
@@ -163,7 +163,7 @@ def test_options_are_checked(options, message):
 
 def test_two_processes_equal_one(whole, tags, tmp_path):
     one, _ = whole
-    finish(start(*tags, '--out', tmp_path/'two', processes=2))
+    for p in fork_two(train.main, SMALL+[str(a) for a in (*tags, '--out', tmp_path/'two')]): p.finish()
     for a, b in zip(rows(one), rows(tmp_path/'two'), strict=True):
         for name in ('train_loss', 'cls', 'seg', 'aff'):
             # a label may flip where two scores tie to the last bit
@@ -171,15 +171,8 @@ def test_two_processes_equal_one(whole, tags, tmp_path):
 
 def test_killed_and_resumed(whole, tags, tmp_path):
     one, _ = whole
-    p = start(*tags, '--out', tmp_path/'cut')
-    try:
-        until = time.time()+300
-        while not (tmp_path/'cut'/'state.pt').exists():
-            assert p.poll() is None and time.time() < until, p.stdout.read()
-            time.sleep(.05)
-    finally: p.send_signal(signal.SIGKILL)
-    p.wait()
-    finish(start(*tags, '--out', tmp_path/'cut', '--resume'))
+    kill_in_second_epoch(start(*tags, '--out', tmp_path/'cut'), tmp_path/'cut')
+    start(*tags, '--out', tmp_path/'cut', '--resume').finish()
     a, b = weights(one), weights(tmp_path/'cut')
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert 'auxiliary.afa.classify.weight' in a   # without it there are no maps
@@ -207,10 +200,10 @@ def test_eval_measures_every_stage(whole, tmp_path):
     pixels = {sum(o['pixels'].values()) for o in (found, *found['stages'].values())}
     assert len(pixels) == 1 and all(0 <= o['miou'] <= 1 for o in found['stages'].values())
 
-def test_a_model_without_heads_says_so(tmp_path, capsys):
+def test_a_model_without_heads_says_so(tags, tmp_path, capsys):
     save_segmenter(create_segmenter('segformer_mit_b0', 3), tmp_path, classes=['a', 'b', 'c'])
     with pytest.raises(ValueError, match='last.safetensors: holds no heads of AFA'): load_afa(tmp_path)
-    with pytest.raises(SystemExit): evaluate([str(tmp_path), '--data', 'scenes', '--stages'])
+    with pytest.raises(SystemExit): evaluate([str(tmp_path), *map(str, tags[:4]), '--stages'])
     printed = capsys.readouterr()
     assert 'holds no heads of AFA' in printed.err and printed.err.count('\n') == 1 and not printed.out
 

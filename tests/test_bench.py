@@ -1,7 +1,11 @@
 "sasformer_bench: measuring in turn, and every command in small"
-import json, subprocess, sys
+import json, mmap
+from functools import partial
 import numpy as np, pytest, torch
+from conftest import Forked, write_folder
+from sasformer import measure
 from sasformer.bench import bench_parser, main
+from sasformer.datasets import scenes
 from sasformer.measure import alternate, equal_models, matmul_peak, one_at_a_time, resident_peak, summary
 from sasformer.inference import multi_scale_logits
 
@@ -11,6 +15,18 @@ def same_threads():
     n = torch.get_num_threads()
     yield
     torch.set_num_threads(n)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    "A small matrix product, and memory measured in a process of its own for the first that asks only"
+    fresh, seen = measure.fresh_peak, []
+    def peak(args):
+        if not seen: seen.append(fresh(args))
+        return seen[0]+len(seen)
+    monkeypatch.setattr(measure, 'fresh_peak', peak)
+    monkeypatch.setattr(measure, 'matmul_peak', partial(measure.matmul_peak, n=128))
+    return seen
 
 
 def run(tmp_path, *args):
@@ -33,7 +49,7 @@ def test_ratio_within_rounds():
     assert s['double']['ratio'] == 2 and s['double']['cpu_ratio'] == 3 and s['base']['ms'] == 2000
 
 
-def test_step(tmp_path):
+def test_step(tmp_path, quick):
     r = run(tmp_path, 'step', '--size', 64, '--batch', 2, '--classes', 4, '--steps', 2,
             '--variants', 'bare', 'affinity', 'sampled')
     assert list(r['rows']) == ['bare', 'affinity', 'sampled'] and r['settings']['last_stride'] == 1
@@ -57,7 +73,8 @@ def test_naive(tmp_path):
     assert np.abs(a-r['curves']['decoder as written']).max() < 1e-3
 
 
-def test_tree(tmp_path):
+def test_tree(tmp_path, quick):
+    quick.append(500.)   # no process of its own
     r = run(tmp_path, 'tree', '--size', 64, '--batch', 1, '--classes', 3, '--channels', 8,
             '--tree_size', 16, '--tree_batch', 2, '--steps', 1)
     assert r['share_of_step'] > 0 and 'tree energy' in r['rows']
@@ -73,10 +90,11 @@ def test_one_at_a_time_is_multi_scale():
 
 def test_peaks():
     assert matmul_peak(n=64) > 1e6
-    code = ("import numpy as np; from sasformer.measure import resident_peak; "
-            "a = resident_peak(); x = np.ones(5*10**7); print(resident_peak()-a)")
-    grown = float(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)
-    assert 370 < grown < 450   # 400 MB
+    def grow():
+        before, pages = resident_peak(), mmap.mmap(-1, 400*2**20)
+        for i in range(0, len(pages), mmap.PAGESIZE): pages[i] = 1
+        print(resident_peak()-before)
+    assert 370 < float(Forked(grow).finish()) < 450
 
 
 def test_help(capsys):
@@ -89,13 +107,14 @@ def test_the_programs_keep_freed_memory(monkeypatch, tmp_path):
     "Those that start processes, sasformer_predict, and sasformer_bench unless told not to"
     from sasformer import bench, evaluate, machine, predict, train
     asked = []
+    write_folder(scenes(n_train=2, n_val=1, size=32), tmp_path/'set')
     monkeypatch.setattr(machine, 'keep_freed_memory', lambda: asked.append(program))
     program = 'train'
     with pytest.raises(SystemExit):
-        train.main(['--data', 'scenes', '--epochs', '1', '--weights', str(tmp_path/'none.pt'),
+        train.main(['--data', 'scenes:n_train=2,n_val=1', '--epochs', '1', '--weights', str(tmp_path/'none.pt'),
                     '--out', str(tmp_path/'out')])
     program = 'evaluate'
-    with pytest.raises(SystemExit): evaluate.main([str(tmp_path), '--data', 'scenes'])
+    with pytest.raises(SystemExit): evaluate.main([str(tmp_path), '--data', 'folder', '--path', str(tmp_path/'set')])
     program = 'predict'
     with pytest.raises(SystemExit): predict.main([str(tmp_path), str(tmp_path), '--out', str(tmp_path/'out')])
     for program, flag in (('bench', []), ('bench without', ['--no-keep_memory'])):

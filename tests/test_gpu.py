@@ -19,6 +19,9 @@ def hangs(o):
 '''
 
 
+LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'   # at tiny size the first two are what b4's is; the last is always there
+
+
 @pytest.fixture(scope='module')
 def rehearsal(tmp_path_factory):
     "All parts at tiny size, behind three that break off: exit status, folder"
@@ -30,7 +33,7 @@ def rehearsal(tmp_path_factory):
     find = gpu.find_part
     patch.setattr(gpu, 'find_part', lambda name: (find(name)[0], .5) if name == 'broken:hangs' else find(name))
     broken = [f'broken:{name}' for name in ('dies', 'raises', 'hangs')]
-    parts = [name for name in gpu.PARTS if name != 'summary']
+    parts = [name for name in gpu.PARTS if name not in LIKE_B4]
     (folder/'out').mkdir()
     (folder/'out/old.json').write_text(json.dumps(dict(run='another', device='cuda', tiny=False, error='long ago')))
     status = gpu.main(['check', '--device', 'cpu', '--tiny', '--out', str(folder/'out'), '--parts', *broken, *parts])
@@ -43,7 +46,7 @@ def results(folder): return {f.stem: json.loads(f.read_text()) for f in folder.g
 
 def test_every_part_wrote_its_files(rehearsal):
     found = results(rehearsal[1])
-    steps = {f'step_mit_b{n}_{classes}' for n in (0, 1, 4) for classes in (2, 21, 150)}
+    steps = {f'step_mit_b4_{classes}' for classes in (2, 21, 150)}
     trainings = {f'training_{method}{c}' for method in ('baseline', 'sasformer') for c in ('', '_compiled')}
     others = {'trees', 'inference_mit_b0', 'inference_mit_b4', 'summary'}
     expected = steps | trainings | others | {f'values_{c}' for c in gpu.CASES}
@@ -53,7 +56,7 @@ def test_every_part_wrote_its_files(rehearsal):
         assert 'error' not in r and r['tiny'] and r['device'] == 'cpu', name
         assert r['environment']['torch'] == torch.__version__
     for name in steps: assert set(found[name]['rows']) == set(gpu.VARIANTS) and found[name]['flops'] > 0
-    assert {r['part'] for r in found.values() if 'part' in r} >= set(gpu.PARTS)
+    assert {r['part'] for r in found.values() if 'part' in r} >= set(gpu.PARTS)-set(LIKE_B4[:2])
 
 
 def test_values_agree_with_float64(rehearsal):

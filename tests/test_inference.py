@@ -2,6 +2,7 @@
 import copy, numpy as np, pytest, torch, torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from conftest import connected, fork_two
 from sasformer.annotations import read_label_map
 from sasformer.benchmarks import camvid
 from sasformer.datasets import scenes
@@ -179,25 +180,16 @@ def test_image_tensor():
     with pytest.raises(ValueError, match='expected a uint8 array'): image_tensor(np.zeros((2, 3, 3)))
 
 
-def test_two_processes_share_an_evaluation(tmp_path):
-    import os, subprocess, sys
-    from pathlib import Path
-    program = '''
-import sys, torch, torch.distributed as dist
-from sasformer.datasets import scenes
-from sasformer.inference import evaluate
-rank = int(sys.argv[1])
-dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)
-torch.manual_seed(0)
-src = scenes(n_train=1, n_val=3, size=48)
-net = torch.nn.Conv2d(3, len(src.classes), 3, padding=1)
-assert (evaluate(net, src, progress=False, distributed=True).counts == evaluate(net, src, progress=False).counts).all()
-dist.barrier(); dist.destroy_process_group()   # left to the end of the process, its threads may outlive it
-'''
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
-           'OMP_NUM_THREADS': '1'}
-    runs = [subprocess.Popen([sys.executable, '-c', program, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
-    assert [r.wait(400) for r in runs] == [0, 0]
+def share_an_evaluation():
+    torch.manual_seed(0)
+    src = scenes(n_train=1, n_val=3, size=48)
+    net = torch.nn.Conv2d(3, len(src.classes), 3, padding=1)
+    shared, alone = (evaluate(net, src, progress=False, distributed=d).counts for d in (True, False))
+    assert (shared == alone).all()
+
+
+def test_two_processes_share_an_evaluation():
+    for p in fork_two(connected, share_an_evaluation): p.finish()
 
 
 def test_bfloat16_takes_the_quick_attention(monkeypatch):

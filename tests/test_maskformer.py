@@ -1,14 +1,15 @@
 "MaskFormer as a segmenter, its matching and losses, and the method that trains it"
-import math, os, subprocess, sys
-from pathlib import Path
+import math
 
 import pytest, torch, torch.nn.functional as F
+from conftest import connected, fork_two
 from fastai.vision.all import Callback
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import scenes
 from sasformer.inference import multi_scale_logits, predict_logits
 from sasformer.learner import (RunFolder, load_segmenter, parameter_groups, partial_cross_entropy, save_segmenter,
                                sparse_learner)
+from sasformer.machine import is_first
 from sasformer.maskformer import MaskFormerDecoder, Proposals, ProposalTap, semantic_scores
 from sasformer.matching import (MaskFormerLoss, class_loss, class_targets, focal_and_dice, mask_losses, match,
                                 matching_cost)
@@ -317,39 +318,24 @@ def test_resume_bit_for_bit(src, tmp_path):
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
-PROGRAM = '''
-import os, sys, torch, torch.distributed as dist
-rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-if world > 1:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    dist.init_process_group('gloo', init_method='file://'+folder+'/meet', rank=rank, world_size=world)
-from sasformer.data import sparse_dataloaders
-from sasformer.datasets import scenes
-from sasformer.learner import sparse_learner
-from sasformer.matching import MaskFormerLoss
-src, out = scenes(n_train=4, n_val=2, size=32), {}
-for i in src.splits['train'][1::2]: src.masks[i][:] = 255   # one process has images without a label
-for pixels in ('all', 'labelled'):
-    dls = sparse_dataloaders(src, 'dense', size=32, bs=4, device='cpu')
-    kw = dict(decoder_dim=64, n_queries=7, n_layers=2, dropout=0., opt='sgd', lr=1e-3, precision='fp32')
-    learn = sparse_learner(dls, 'maskformer_convnext_atto', MaskFormerLoss(pixels=pixels), **kw)
-    dls.train.order = lambda dataset: range(4)
-    with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
-    out[pixels] = learn.mask_former_loss.epochs, learn.model.state_dict()
-if rank == 0: torch.save(out, folder+f'/{world}.pt')
-if world > 1: dist.barrier(); dist.destroy_process_group()
-'''
+def train_both_kinds(file):
+    src, out = scenes(n_train=4, n_val=2, size=32), {}
+    for i in src.splits['train'][1::2]: src.masks[i][:] = 255   # one process has images without a label
+    for pixels in ('all', 'labelled'):
+        dls = sparse_dataloaders(src, 'dense', size=32, bs=4, device='cpu')
+        kw = dict(decoder_dim=64, n_queries=7, n_layers=2, dropout=0., opt='sgd', lr=1e-3, precision='fp32')
+        learn = sparse_learner(dls, 'maskformer_convnext_atto', MaskFormerLoss(pixels=pixels), **kw)
+        dls.train.order = lambda dataset: range(4)
+        with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
+        out[pixels] = learn.mask_former_loss.epochs, learn.model.state_dict()
+    if is_first(): torch.save(out, file)
 
 
-def test_two_processes_are_one(tmp_path, monkeypatch):
+def test_two_processes_are_one(tmp_path):
     "Losses and weights, though one process sees no label at all (a backbone without batch normalisation)"
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
-           'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    args = '2', str(tmp_path)
-    runs = [subprocess.Popen([sys.executable, '-c', PROGRAM, str(r), *args], env=env) for r in range(2)]
-    monkeypatch.setattr(sys, 'argv', ['', '0', '1', str(tmp_path)])
-    exec(PROGRAM, {})
-    assert [r.wait(300) for r in runs] == [0, 0]
+    two = fork_two(connected, train_both_kinds, tmp_path/'2.pt')
+    train_both_kinds(tmp_path/'1.pt')
+    for p in two: p.finish()
     for pixels in ('all', 'labelled'):
         (one, a), (two, b) = (torch.load(tmp_path/f'{n}.pt')[pixels] for n in (1, 2))
         for x, y in zip(one, two): assert x == pytest.approx(y, rel=1e-4)

@@ -1,7 +1,7 @@
 "Confusion matrix against brute force and other libraries, its errors, its fastai metrics, several processes"
-import math, os, subprocess, sys, numpy as np, pytest, torch
-from pathlib import Path
+import math, numpy as np, pytest, torch, torch.distributed as dist
 from types import SimpleNamespace
+from conftest import connected, fork_two
 from sasformer.metrics import ConfusionMatrix, SegmentationMetrics, to_labels
 
 
@@ -128,25 +128,16 @@ def test_repeated_samples_of_a_distributed_loader(n, world_size, bs):
     assert (total == ConfusionMatrix(4).update(pred, target).counts).all()
 
 
-program = '''
-import sys, torch, torch.distributed as dist
-from types import SimpleNamespace
-from sasformer.metrics import ConfusionMatrix, SegmentationMetrics
-rank = int(sys.argv[1])
-dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=2)
-torch.manual_seed(0)
-pred,target = torch.randint(0, 5, (2, 4, 9, 9))
-whole = ConfusionMatrix(5).update(pred, target)
-assert (ConfusionMatrix(5).update(pred[rank::2], target[rank::2]).all_reduce().counts == whole.counts).all()
-group = SegmentationMetrics(5)
-group.accumulate(SimpleNamespace(pred=pred[rank::2], y=target[rank::2], dl=None))
-assert [m.value for m in group] == [whole.miou, whole.pixel_accuracy, whole.mean_accuracy]
-dist.barrier(); dist.destroy_process_group()   # left to the end of the process, its threads may outlive it
-'''
+def share_of_a_matrix():
+    rank = dist.get_rank()
+    torch.manual_seed(0)
+    pred, target = torch.randint(0, 5, (2, 4, 9, 9))
+    whole = ConfusionMatrix(5).update(pred, target)
+    assert (ConfusionMatrix(5).update(pred[rank::2], target[rank::2]).all_reduce().counts == whole.counts).all()
+    group = SegmentationMetrics(5)
+    group.accumulate(SimpleNamespace(pred=pred[rank::2], y=target[rank::2], dl=None))
+    assert [m.value for m in group] == [whole.miou, whole.pixel_accuracy, whole.mean_accuracy]
 
 
-def test_two_processes(tmp_path):
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
-           'OMP_NUM_THREADS': '1'}
-    runs = [subprocess.Popen([sys.executable, '-c', program, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
-    assert [r.wait(100) for r in runs] == [0, 0]
+def test_two_processes():
+    for p in fork_two(connected, share_of_a_matrix): p.finish()

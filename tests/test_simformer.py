@@ -1,7 +1,8 @@
 "SimFormer: what must be right when a batch, a pair or an image is out of the ordinary, and what a run must keep"
-import json, os, socket, subprocess, sys
+import json
 
 import numpy as np, pytest, torch
+from conftest import connected, fork_two
 from fastai.callback.core import Callback
 from PIL import Image
 from sasformer.annotations import AnnotationError, image_tags, read_label_map, write_label_map
@@ -186,15 +187,8 @@ def test_resumed_run_is_the_same_to_the_bit(photos, tmp_path):
     assert saved['tags_of'] == 'image', 'every result says whose tags they are'
 
 
-SCRIPT = """
-import sys
-from sasformer.machine import start_processes, stop_processes
-from sasformer.recipes import Recipe
-start_processes('cpu')
-r = Recipe(**eval(sys.argv[1]))
-r.run(r.learner(folder=sys.argv[2], device='cpu'))
-stop_processes()
-"""
+def train_in_two(r, folder):
+    r.run(r.learner(folder=folder, device='cpu'))
 
 
 def test_two_processes_equal_one(photos, tmp_path):
@@ -202,16 +196,7 @@ def test_two_processes_equal_one(photos, tmp_path):
     r = recipe_of(photos, epochs=1, opt='sgd', precision='fp32')
     learn = r.learner(folder=tmp_path/'one', device='cpu')
     with learn.no_bar(), learn.no_logging(): r.run(learn)
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'ACCELERATE_USE_CPU': 'true', 'CUDA_VISIBLE_DEVICES': '',
-           'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(port), 'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2'}
-    command = [sys.executable, '-c', SCRIPT, repr(vars(r)), str(tmp_path/'two')]
-    both = [subprocess.Popen(command, env={**env, 'RANK': str(i), 'LOCAL_RANK': str(i)}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(2)]
-    said = [p.communicate(timeout=600)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+    for p in fork_two(connected, train_in_two, r, tmp_path/'two'): p.finish()
     one, two = (json.loads((tmp_path/n/'result.json').read_text()) for n in ('one', 'two'))
     assert (one['processes'], two['processes']) == (1, 2)
     for k in ('class', 'mask', 'dice', 'complementary', 'similarity', 'distillation'):

@@ -1,8 +1,8 @@
 "What every additional loss shares: weight, terms, what it needs, several at once, several processes, interruptions"
-import math, os, subprocess, sys
-from pathlib import Path
+import math
 
-import pytest, torch
+import pytest, torch, torch.distributed as dist
+from conftest import connected, fork_two
 from fastai.vision.all import Callback, CancelFitException, CancelTrainException, Learner, SGD
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import scenes
@@ -305,33 +305,19 @@ def test_curves(dls):
     assert lines == dict(train_loss=[1, 2], miou=[1, 2], square=[1, 2], top=[1, 2], aff1=[2], aff3=[2])
 
 
-PROGRAM = '''
-import sys, torch, torch.distributed as dist
-rank, world = int(sys.argv[1]), 2
-import os; os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-dist.init_process_group('gloo', init_method='file://' + sys.argv[2], rank=rank, world_size=world)
-from sasformer.data import sparse_dataloaders
-from sasformer.datasets import scenes
-from sasformer.learner import sparse_learner
-from sasformer.tel import TreeEnergyLoss
-from sasformer.terms import LossTerm
-class Rank(LossTerm):
-    def terms(self): return dict(rank=self.logits.mean()*0+rank+1.)
-dls = sparse_dataloaders(scenes(n_train=8, n_val=4, size=32), 'scribble', size=32, bs=4, device='cpu')
-learn = sparse_learner(dls, 'segformer_mit_b0', [TreeEnergyLoss(channels=8, start=.5), Rank()], decoder_dim=16)
-with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
-assert [e['rank'] for e in learn.rank.epochs] == [1.5, 1.5], learn.rank.epochs
-tree = torch.tensor([learn.tree_energy_loss.epochs[1]['tree']])
-both = [torch.zeros(1) for _ in range(world)]
-dist.all_gather(both, tree)
-assert learn.tree_energy_loss.epochs[0] == {} and torch.equal(*both) and tree > 0
-dist.barrier(); dist.destroy_process_group()
-'''
+def two_terms():
+    class Rank(LossTerm):
+        def terms(self): return dict(rank=self.logits.mean()*0+dist.get_rank()+1.)
+    dls = sparse_dataloaders(scenes(n_train=8, n_val=4, size=32), 'scribble', size=32, bs=4, device='cpu')
+    learn = sparse_learner(dls, 'segformer_mit_b0', [TreeEnergyLoss(channels=8, start=.5), Rank()], decoder_dim=16)
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=2)
+    assert [e['rank'] for e in learn.rank.epochs] == [1.5, 1.5], learn.rank.epochs
+    tree = torch.tensor([learn.tree_energy_loss.epochs[1]['tree']])
+    both = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(both, tree)
+    assert learn.tree_energy_loss.epochs[0] == {} and torch.equal(*both) and tree > 0
 
 
-def test_two_processes(tmp_path):
+def test_two_processes():
     "Epochs hold the mean over the processes, and layers that wait for `start` do not stop the training"
-    env = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[1]), 'PYTHONWARNINGS': 'ignore',
-           'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
-    runs = [subprocess.Popen([sys.executable, '-c', PROGRAM, str(r), str(tmp_path/'meet')], env=env) for r in range(2)]
-    assert [r.wait(300) for r in runs] == [0, 0]
+    for p in fork_two(connected, two_terms): p.finish()
