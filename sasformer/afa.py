@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['window_mask', 'random_walk', 'attention_affinity', 'affinity_pairs', 'pair_loss', 'balanced_cross_entropy',
-           'AFAHeads', 'load_heads', 'TagMaps', 'tag_maps', 'propagate_maps', 'FreezeNorms', 'AFALoss', 'label_stages']
+           'AFAHeads', 'load_heads', 'TagMaps', 'tag_maps', 'propagate_maps', 'AFALoss', 'label_stages']
 
 # %% ../nbs/23_afa.ipynb #ad072b90
 import torch, torch.nn.functional as F
@@ -176,19 +176,6 @@ def propagate_maps(
     return upsampled(walked, m.seen, (H, W), multiple).unflatten(1, scores.shape[1:3]), classes
 
 # %% ../nbs/23_afa.ipynb #2f9bd8aa
-class FreezeNorms(Callback):
-    """Norms of the backbone stay as they were pretrained: every parameter with 'norm' in its name, as released;
-    batch normalisation, of a CNN, with its statistics"""
-    def after_create(self):
-        for name, p in self.model.backbone.named_parameters():
-            if 'norm' in name: p.requires_grad_(False)
-        for m in self.batch_norms(): m.requires_grad_(False)
-    def before_train(self):
-        for m in self.batch_norms(): m.eval()
-    def batch_norms(self):
-        backbone = getattr(self.model, 'module', self.model).backbone
-        return [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
 class AFALoss(LossTerm):
     "Adds L_cls + `segmentation`·L_seg + `affinity`·L_aff to the loss of a `Learner`"
     auxiliary = 'afa'

@@ -321,7 +321,8 @@ class AFA(Method):
             if not values or min(values) <= 0: raise ValueError(f"{name}={values}: expected numbers above 0")
 
     def callbacks(self):
-        from sasformer.afa import AFALoss, FreezeNorms
+        from sasformer.afa import AFALoss
+        from sasformer.terms import FreezeNorms
         options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
         return [FreezeNorms()]*self.freeze_norms+[AFALoss(**options)]
 
@@ -335,6 +336,7 @@ class MaskFormer(Method):
     dice_weight:float = 1.      # Weight of the dice loss of the masks
     no_object:float = .1        # Weight of queries without a match in the loss of the class
     pixels:str|None = None      # Which count in masks: all or labelled; None: all where the labels are dense
+    freeze_norms:bool = False   # Leave the norms of the backbone as pretrained, as published
 
     def check(self):
         not_negative(self, 'class_weight', 'mask_weight', 'dice_weight', 'no_object')
@@ -342,8 +344,9 @@ class MaskFormer(Method):
 
     def callbacks(self):
         from sasformer.matching import MaskFormerLoss
-        return [MaskFormerLoss(self.class_weight, self.mask_weight, self.dice_weight, self.no_object,
-                               pixels=self.pixels)]
+        from sasformer.terms import FreezeNorms
+        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
+        return [FreezeNorms()]*self.freeze_norms+[MaskFormerLoss(**options)]
 
 # %% ../nbs/25_simformer.ipynb #sf250071
 @register_method('simformer')
@@ -368,6 +371,7 @@ class SimFormer(Method):
     mask_weight:float = 20.             # Of the focal loss of masks, in both; and of the complementary loss
     dice_weight:float = 1.              # Of the dice loss of masks, in both; and of the complementary loss
     no_object:float = .1                # Weight of queries without a match in the loss of the class
+    freeze_norms:bool = False           # Leave the norms of the backbone as pretrained, as published
 
     def check(self):
         among(self, 'distance', ('margin', 'bce'))
@@ -391,7 +395,9 @@ class SimFormer(Method):
 
     def callbacks(self):
         from sasformer.simformer import SimFormerLoss
-        return [SimFormerLoss(**vars(self))]
+        from sasformer.terms import FreezeNorms
+        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
+        return [FreezeNorms()]*self.freeze_norms+[SimFormerLoss(**options)]
 
 # %% ../nbs/26_crf.ipynb #crl0000f
 @register_method('crf')

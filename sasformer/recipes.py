@@ -232,9 +232,11 @@ _afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='n
 _simformer = dict(method='simformer', model='maskformer_resnet50.tv_in1k', weights='timm', bs=8, opt='adamw', lr=1e-5,
                   head_lr=10., wd=1e-4, clip=.01, warmup=0., validate_every=10, num_workers=4)
 _cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.)
-_taught = {1: 'distillation=0', 3: 'distance=bce'}   # the others: 0.1, margin
+_frozen = 'simformer:freeze_norms=true'
+_taught = {1: ',distillation=0', 3: ',distance=bce'}   # the others: 0.1, margin
 _ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
-               options='simformer:complementary=0.2,distillation=0.5', pseudo_scales=(.625, .9375, 1.25, 1.5625, 1.875))
+               options=_frozen+',complementary=0.2,distillation=0.5',
+               pseudo_scales=(.625, .9375, 1.25, 1.5625, 1.875))
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
@@ -263,7 +265,7 @@ RECIPES = dict(
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
                     decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
-                                        options='simformer:'+_taught.get(i, '')) for i in range(1, 10)},
+                                        options=_frozen+_taught.get(i, '')) for i in range(1, 10)},
     **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},
     simformer_msrc=dict(
         _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',

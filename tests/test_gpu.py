@@ -19,7 +19,8 @@ def hangs(o):
 '''
 
 
-LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'   # at tiny size the first two are what b4's is; the last is always there
+# at tiny size the first two are what b4 is; the last is always there
+LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'
 
 
 @pytest.fixture(scope='module')
