@@ -311,7 +311,7 @@ def draw_lines(
         label_map[_stroke(rows, cols, width, shape)] = cls
     return label_map
 
-# %% ../nbs/00_annotations.ipynb #81d21efa
+# %% ../nbs/00_annotations.ipynb #text0002
 def read_text(
     path,    # File
 )->str:      # Accents as one character each, as file names are compared
@@ -327,6 +327,7 @@ def read_text(
     if '\0' in text: raise AnnotationError(f'{path}: holds a zero byte, so it is no text')
     return unicodedata.normalize('NFC', text)
 
+# %% ../nbs/00_annotations.ipynb #81d21efa
 def _unique_keys(pairs):
     "A JSON object whose keys differ: Python's reader would keep the last of two and say nothing"
     d = dict(pairs)
