@@ -72,13 +72,13 @@ def voc_palette():  # Colours of the ids 0..255, (256, 3) uint8
 
 # %% ../nbs/00_annotations.ipynb #open0001
 def allow_megapixels(
-    n:float,  # Millions of pixels; None: nothing changes
+    n:float,  # Millions of pixels; None: the limit stays
 ):
     "Open images of up to so many pixels (a small file may claim any size): Pillow stops at 179 million"
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)   # at half of it
     if n is None: return
     if not 0 < n < 1e6: raise AnnotationError(f'max_megapixels={n}: expected millions of pixels, such as 400')
-    Image.MAX_IMAGE_PIXELS = round(n*1e6/2)   # at this it would warn, at twice as many it stops
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+    Image.MAX_IMAGE_PIXELS = round(n*1e6/2)   # twice as many are an error
 
 def _pictures(image):
     "Pages or frames of an image file, smaller copies not counted"
@@ -311,7 +311,7 @@ def draw_lines(
         label_map[_stroke(rows, cols, width, shape)] = cls
     return label_map
 
-# %% ../nbs/00_annotations.ipynb #81d21efa
+# %% ../nbs/00_annotations.ipynb #text0002
 def read_text(
     path,    # File
 )->str:      # Accents as one character each, as file names are compared
@@ -327,6 +327,7 @@ def read_text(
     if '\0' in text: raise AnnotationError(f'{path}: holds a zero byte, so it is no text')
     return unicodedata.normalize('NFC', text)
 
+# %% ../nbs/00_annotations.ipynb #81d21efa
 def _unique_keys(pairs):
     "A JSON object whose keys differ: Python's reader would keep the last of two and say nothing"
     d = dict(pairs)

@@ -437,6 +437,14 @@ def judge(self:Source,
         raise AnnotationError(f"{self.name}: not one pixel of the {len(masked)} validation masks is labelled")
     return notes
 
+@patch
+def remarks(self:Source,
+    spec:str='best',  # Annotation that might be trained from
+)->list:              # Lines to be shown
+    "What `judge` says or would raise, for programs that only look"
+    try: return self.judge(spec)
+    except AnnotationError as e: return [f"cannot be trained from: {e}"]
+
 # %% ../nbs/01_datasets.ipynb #d85c54df
 @patch
 def check(self:Source,
@@ -560,7 +568,7 @@ def _folder_images(path, images, masks, by_class=False):
 # %% ../nbs/01_datasets.ipynb #split002
 def _hold_out(files, val, seed, dense, sparse, where):
     "A seeded share of a flat folder for validation; of images with a mask, where there are any"
-    n = round(val*len(files))
+    n = round(val*len(files)) if 0 < val < 1 else 0
     if not 0 < n < len(files):
         raise LayoutError(f"{where}: {len(files)} images leave no share of {val} for validation, which picks the best "
                           f"model; folder:val={1/max(len(files), 1):.2g} takes one")
@@ -578,6 +586,7 @@ def _class_names(path, classes):
     if not isinstance(classes, (str, Path)): return list(classes)
     file = Path(classes)
     names = _lines(file, 'class names, one a line')
+    if not names: raise LayoutError(f"{file}: is empty; expected class names, one a line in id order")
     blank = [n for n, line in enumerate(read_text(file).rstrip().splitlines(), 1) if not line.strip()]
     if blank: raise LayoutError(f"{file}: line {blank[0]} is blank, and the ids of the classes count lines; delete it")
     return names

@@ -243,7 +243,9 @@ def download_cli(
         sys.exit(f"sasformer_data {action}: name a data set and its folder, as in: "
                  f"sasformer_data {action} camvid --path data/camvid")
     try:
-        if action == 'check' or name == 'scenes': return print(get_source(name, path).check(read=read), '- all there')
+        if action == 'check' or name == 'scenes':
+            src = get_source(name, path).check(read=read)
+            return print(f'{src} - all there', *(src.remarks() if read else ()), sep='\n')
         if name not in DOWNLOADS:
             sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); "
                      "data/README.md says where to get it")

@@ -67,7 +67,9 @@ def open_model(
         return OnnxSegmenter(path)
     from sasformer.learner import load_segmenter
     try: return load_segmenter(path, device)
-    except (KeyError, TypeError) as e: raise ValueError(f"{path}: model.json does not describe a model: {e!r}") from e
+    except UnicodeDecodeError as e: raise ValueError(f"{path}: model.json is not UTF-8: {e}") from e
+    except (OSError, ValueError): raise
+    except Exception as e: raise ValueError(f"{path}: model.json does not describe a model: {e!r}") from e
 
 def run_recipe(
     settings:Path,  # `settings.json` of a run

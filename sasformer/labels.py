@@ -369,6 +369,7 @@ def main(args=None):
     print(stats.per_class.to_string(float_format='{:.4f}'.format))
     print(f"{100*stats.labelled_share:.2f} % of the pixels of {len(stats.per_image)} images are labelled "
           f"({src.name} {o.split}, {o.annotation}){where}")
+    if o.split == 'train': print(*src.remarks(o.annotation), sep='\n', end='')
 
 # %% ../nbs/63_labels.ipynb #b5a9c862
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook

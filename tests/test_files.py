@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sasformer import labels
 from sasformer.annotations import (AnnotationError, PointFile, ScribbleXML, allow_megapixels, read_label_map,
                                    write_label_map)
 from sasformer.benchmarks import get_source
-from sasformer.datasets import LayoutError, folder, open_image, scenes
+from sasformer.datasets import LayoutError, folder, open_image
+from sasformer.downloads import download_cli
 
 IDS = np.uint8([[0, 1, 2], [255, 1, 0]])
 COLOURS = {(0, 0, 0): 0, (255, 0, 0): 1, (0, 255, 0): 2, (255, 255, 255): 255}
@@ -297,3 +299,33 @@ def test_sparse_training_labels_and_dense_validation_masks(tmp_path):
     src = folder(tmp_path).check(read=True)
     assert src.splits == dict(train=['a', 'b'], val=['c', 'd'])
     assert src.mask_kind == 'dense' and list(src.masks) == ['c', 'd']
+
+# ---- programs
+
+def test_strokes_in_colours_are_converted(tmp_path):
+    "As painting programs write them: transparent or white where nothing is labelled"
+    (tmp_path/'strokes').mkdir()
+    coloured().save(tmp_path/'strokes/a.png')
+    pixels = np.dstack([np.asarray(coloured()), np.where(IDS == 255, 0, 255)]).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path/'strokes/b.png')
+    (tmp_path/'codes.txt').write_text('ground\ncar\ntree\n')
+    spec = '000000:0+ff0000:car+00ff00:tree+ffffff:255'
+    args = ['convert', tmp_path/'strokes', '--colours', spec, '--classes', tmp_path/'codes.txt']
+    labels.main([*map(str, args), '--out', str(tmp_path/'scribble')])
+    assert all(read_label_map(tmp_path/f'scribble/{i}.png').tolist() == IDS.tolist() for i in 'ab')
+
+def test_an_id_with_a_space(tmp_path):
+    p = dataset(tmp_path, ['a b', 'c'])
+    (p/'points.json').write_text('{"a b": [{"cls": 1, "x": 1, "y": 1}], "c": []}')
+    (p/'ids.txt').write_text('a b\r\n')
+    args = ['convert', p/'points.json', '--images', p/'images', '--ids', p/'ids.txt', '--out', p/'point']
+    labels.main(list(map(str, args)))
+    assert [f.name for f in (p/'point').iterdir()] == ['a b.png']
+
+def test_a_census_is_a_part_of_looking(tmp_path, capsys):
+    p = dataset(tmp_path)
+    for f in (p/'masks').iterdir(): Image.fromarray(np.tile(np.uint8([0, 255]), (4, 3))).save(f)
+    labels.main(['stats', '--data', 'folder', '--path', str(p), '--annotation', 'dense'])
+    assert "cannot be trained from: folder: 'one' is the only class" in capsys.readouterr().out
+    download_cli('check', 'folder:values=255:1', path=str(p), read=True)
+    assert 'training labels: 5 dense' in capsys.readouterr().out
