@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_POINTS', 'MAX_WIDTH', 'MAX_WORK', 'COLOURS', 'METHODS', 'LONG_SIDE', 'STATIC', 'MAX_BODY', 'Stroke',
            'parse_stroke', 'draw_stroke', 'palette_of', 'set_folder', 'set_classes', 'Conflict', 'OpenMap', 'LabelSet',
-           'photo_part', 'labels_part', 'palette_png', 'thumbnail', 'training_seed', 'Training', 'Predictor',
-           'entropy_png', 'next_photo', 'Guard', 'status_of', 'Pages', 'annotate_app', 'annotate_parser', 'listen',
-           'main']
+           'photo_part', 'labels_part', 'palette_png', 'thumbnail', 'training_split', 'Training', 'train_recipe',
+           'Predictor', 'entropy_png', 'next_photo', 'Guard', 'status_of', 'Pages', 'annotate_app', 'annotate_parser',
+           'listen', 'main']
 
 # %% ../nbs/70_annotate.ipynb #286e8b40
 import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, subprocess, sys, threading, zlib
@@ -383,20 +383,23 @@ def thumbnail(
     image.thumbnail((side, side), reducing_gap=2)
     return photo_part(image, (0, 0, *image.size), image.size)
 
-# %% ../nbs/70_annotate.ipynb #aa514e88
+# %% ../nbs/70_annotate.ipynb #fd30e2e4
 METHODS = dict(baseline="labels only", sasformer='affinity', tel='tree energy', **{'sasformer+tel': 'both'})
 LONG_SIDE = 640
 
-def training_seed(
+def training_split(
     images:Path,      # Folder of images
     labelled:list,    # Ids with labels
     val:float=.2,     # Share for validation
-)->int:
-    "The first seed whose random part for validation holds that share of the labelled images"
+)->tuple:             # The option of `folder` that splits so, and how many of the labelled images are trained on
+    "A part of the labelled images for validation: val/, or the first random part that holds that share of them"
+    if any(f.is_dir() for f in images.iterdir()):
+        held = _folder_splits(images, val, 0)['train']
+        return 'folder', sum(id in held for id in labelled)
     wanted = max(1, round(val*len(labelled)))
     for seed in range(1000):
         held = _folder_splits(images, val, seed)['val']
-        if sum(id in held for id in labelled) == wanted: return seed
+        if sum(id in held for id in labelled) == wanted: return f'folder:seed={seed}', len(labelled)-wanted
     raise AnnotationError(f"{images}: {len(labelled)} labelled photographs leave none for validation")
 
 class Training:
@@ -413,38 +416,54 @@ class Training:
     @property
     def running(self): return self.process is not None and self.process.poll() is None
 
-    def arguments(self, method, epochs, out):
-        "Of `sasformer_train`"
-        maps, images = self.maps, self.maps.root/'images'
+    def arguments(self, method, steps, out):
+        "Of `sasformer_train`; an epoch over few photographs is short, so the length is given in steps"
+        maps = self.maps
         labelled = [id for id, (counts, _) in maps.counts.items() if sum(counts)]
         if len(labelled) < 2: raise AnnotationError(f"{len(labelled)} labelled photographs: label at least 2 to train")
         sides = sorted(max(maps.shape(id)) for id in labelled)
         scale = min(1., LONG_SIDE/sides[len(sides)//2])
-        data = 'folder'
-        if not any(f.is_dir() for f in images.iterdir()): data += f':seed={training_seed(images, labelled)}'
+        data, n = training_split(maps.root/'images', labelled)
+        r = train_recipe(self.options)
+        epochs = math.ceil(steps/max(1, n//r.bs))
         return ['--recipe', 'folder', '--data', data, '--path', str(maps.root), '--annotation', 'scribble',
-                '--method', method, '--epochs', str(epochs), '--validate_every', '1',
+                '--method', method, '--epochs', str(epochs), '--validate_every', str(math.ceil(epochs/20)),
                 '--scale_min', f'{.5*scale:.3g}', '--scale_max', f'{2*scale:.3g}', '--val_scale', f'{scale:.3g}',
                 *self.options, '--out', str(out)]
 
-# %% ../nbs/70_annotate.ipynb #ba60ed3c
+def train_recipe(
+    options:list,   # Of `sasformer_train`, those that the page does not choose
+):                  # The recipe
+    "Try out options for the page's trainings"
+    from sasformer.recipes import Recipe, recipe
+    from sasformer.train import train_parser
+    p = train_parser()
+    def wrong(message): raise ValueError(f"--train: {message}")
+    p.error = wrong
+    given = vars(p.parse_args(options))
+    fixed = [k for k in ('out', 'resume', 'data', 'path', 'annotation', 'recipe', 'epochs', 'iterations', 'method',
+                         'list') if given.get(k)]
+    if fixed: wrong(f"--{fixed[0]} is for the page to choose")
+    return recipe('folder', **{k: v for k, v in given.items() if k in Recipe.__dataclass_fields__})
+
+# %% ../nbs/70_annotate.ipynb #ff80e5b3
 @patch
 def start(self:Training,
     method:str='sasformer',  # One of `METHODS`
-    epochs:int=20,           # Of a new run
+    steps:int=200,           # Of a new run, rounded up to whole epochs
     new:bool=False,          # A new run, although the last one could go on?
 ):
     "Start a run, or go on with the one that was stopped"
     if self.running: raise AnnotationError("a training is running already")
     if method not in METHODS: raise AnnotationError(f"method is {method!r:.40}, expected one of {', '.join(METHODS)}")
-    if type(epochs) is not int or not 1 <= epochs <= 10_000:
-        raise AnnotationError(f"epochs is {epochs!r:.40}, expected 1 to 10000")
+    if type(steps) is not int or not 1 <= steps <= 1_000_000:
+        raise AnnotationError(f"steps is {steps!r:.40}, expected 1 to 1000000")
     run = self.run()
     goes_on = run is not None and not new and not (run/'result.json').exists() and (run/'arguments.json').exists()
     if goes_on: args = json.loads((run/'arguments.json').read_text(encoding='utf-8'))+['--resume', '--allow_changes']
     else:
         run = self.maps.root/'runs'/f'{1+int(run.name) if run else 1:03}'
-        args = self.arguments(method, epochs, run)
+        args = self.arguments(method, steps, run)
         run.mkdir(parents=True)
         write_json(run/'arguments.json', args)
     env = dict(os.environ, PYTHONIOENCODING='utf-8')
@@ -487,10 +506,12 @@ def state(self:Training)->dict:
     given = dict(zip(args, args[1:]))
     epochs = int(given['--epochs'])
     progress = run_progress(run/'output.txt') if self.running else 0
+    said = lines[-1].strip()[:300] if lines else ''
+    left = re.search(r'(\S+) left$', said)
     return dict(status=status, run=run.name, progress=max(progress, len(rows)/epochs), rows=rows, epochs=epochs,
-                method=given['--method'], said=lines[-1].strip()[:300] if lines else '')
+                method=given['--method'], said=said, left=left[1] if left else None)
 
-# %% ../nbs/70_annotate.ipynb #9bd1e9d0
+# %% ../nbs/70_annotate.ipynb #b4b0dfc2
 class Predictor:
     "Predictions of the newest model of a set"
     def __init__(self, maps:LabelSet):
@@ -499,7 +520,8 @@ class Predictor:
 
     def newest(self):
         "(file, when it was written) of the newest model; None: there is none"
-        files = (self.maps.root/'runs').glob('[0-9][0-9][0-9]/best.safetensors')
+        runs = self.maps.root/'runs'
+        files = (f for name in ('best', 'last') for f in runs.glob(f'[0-9][0-9][0-9]/{name}.safetensors'))
         return max(((f, f.stat().st_mtime_ns) for f in files), key=lambda o: o[1], default=None)
 
     @property
@@ -516,7 +538,7 @@ class Predictor:
         from sasformer.evaluate import open_model, same_classes
         from sasformer.machine import this_machine
         run, machine = found[0].parent, this_machine()
-        model = open_model(run, machine.device)
+        model = open_model(found[0], machine.device)
         same_classes(model, self.maps.source)
         recipe = json.loads((run/'settings.json').read_text(encoding='utf-8'))['recipe']
         self.model, self.loaded, self.scale, self.dtype = model, found, recipe['val_scale'], machine.dtype
@@ -560,11 +582,12 @@ class Predictor:
 def entropy_png(
     entropy:np.ndarray,  # (h, w) uint8
 )->bytes:
-    "Entropy as a veil: the less the model knows, the more magenta"
-    rgba = np.empty((*entropy.shape, 4), np.uint8)
-    rgba[..., :3], rgba[..., 3] = (255, 0, 200), entropy
-    out = io.BytesIO()
-    Image.fromarray(rgba).save(out, format='PNG', compress_level=1)
+    "Entropy as heat: black where the model is sure, over red to light yellow where it knows nothing"
+    stops = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
+    heat = np.stack([np.interp(np.arange(256), np.linspace(0, 255, 5), c) for c in stops.T], 1).round()
+    image, out = Image.fromarray(entropy), io.BytesIO()
+    image.putpalette(heat.astype(np.uint8).tobytes())
+    image.save(out, format='PNG', compress_level=1)
     return out.getvalue()
 
 # %% ../nbs/70_annotate.ipynb #84ff129c
@@ -729,7 +752,7 @@ class Pages:
         id = self._id(request)
         return self.maps.accept(id, data.get('version'), self.predictor.mask(id))
 
-# %% ../nbs/70_annotate.ipynb #4df4d2b4
+# %% ../nbs/70_annotate.ipynb #3205cba7
 @patch
 def prediction(self:Pages, request, data):
     return palette_png(self.predictor.look(self._id(request))[0], self.maps.palette), 'image/png'
@@ -751,7 +774,7 @@ def train(self:Pages, request, data):
 
 @patch
 def start(self:Pages, request, data):
-    self.training.start(data.get('method', 'sasformer'), data.get('epochs', 20), data.get('new') is True)
+    self.training.start(data.get('method', 'sasformer'), data.get('steps', 200), data.get('new') is True)
     return self.training.state()
 
 @patch
@@ -796,7 +819,7 @@ def annotate_app(
     app.pages = pages
     return app
 
-# %% ../nbs/70_annotate.ipynb #2aa4c36a
+# %% ../nbs/70_annotate.ipynb #4352ca58
 def annotate_parser():
     p = argparse.ArgumentParser(
         prog='sasformer_annotate', allow_abbrev=False,
@@ -818,20 +841,6 @@ def annotate_parser():
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
-def _train_options(text):
-    "Options for `sasformer_train`, tried out"
-    from sasformer.recipes import recipe
-    from sasformer.train import train_parser
-    options, p = shlex.split(text), train_parser()
-    def wrong(message): raise ValueError(f"--train: {message}")
-    p.error = wrong
-    given = vars(p.parse_args(options))
-    fixed = [k for k in ('out', 'resume', 'data', 'path', 'annotation', 'recipe', 'epochs', 'list') if given.get(k)]
-    if fixed: wrong(f"--{fixed[0]} is for the page to choose")
-    known = [f for f in given if f in recipe.__globals__['Recipe'].__dataclass_fields__]
-    recipe('folder', **{k: given[k] for k in known})
-    return options
-
 def listen(
     port:int,  # 0: any that is free
 ):
@@ -847,7 +856,8 @@ def listen(
 def main(args=None):
     "Command line of `sasformer_annotate`"
     o = annotate_parser().parse_args(args)
-    options = _train_options(o.train)
+    options = shlex.split(o.train)
+    train_recipe(options)
     root = set_folder(o.photos, o.out)
     names = [n.strip() for n in o.classes.split(',')] if o.classes is not None else None
     maps = LabelSet(root, set_classes(root, names))

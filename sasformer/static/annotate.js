@@ -529,16 +529,16 @@ class Page {
     this.polled = setTimeout(() => this.poll(), document.hidden ? 10000 : 2000)
   }
   showTraining(state) {
-    const running = state.status === 'running', {stopped} = {stopped: state.status === 'stopped' || state.status === 'failed'}
+    const running = state.status === 'running', stopped = ['stopped', 'failed'].includes(state.status)
     this.training = state
     $('train').textContent = running ? 'Stop' : stopped ? 'Go on' : 'Train'
     $('new-run').hidden = !stopped
-    $('method').disabled = $('epochs').disabled = running
+    $('method').disabled = $('steps').disabled = running
     $('progress').hidden = state.status === 'none'
     $('progress').value = state.progress
     const last = state.rows.at(-1), miou = last?.miou == null ? '' : `, mIoU ${(100*last.miou).toFixed(1)}`
     $('train-said').textContent = {none: 'Label a few photographs, then train.', finished: `Run ${state.run}: done${miou}`,
-      running: `Run ${state.run}: ${state.rows.length ? `epoch ${state.rows.length} of ${state.epochs}${miou}` : state.said || 'starting'}`,
+      running: `Run ${state.run}: ${state.rows.length ? `epoch ${state.rows.length} of ${state.epochs}${miou}${state.left ? `; ${state.left} left` : ''}` : state.said || 'starting'}`,
       stopped: `Run ${state.run}: stopped after epoch ${state.rows.length} of ${state.epochs}${miou}`,
       failed: state.said}[state.status]
     this.curves(state.rows)
@@ -563,7 +563,7 @@ class Page {
     for (const [key, name, text, x] of shown) {
       const points = rows.filter(r => r[key] != null), top = name === 'miou' ? 1 : Math.max(...points.map(r => r[key]))
       if (!points.length) continue
-      const place = r => [6+228*(rows.length > 1 ? (r.epoch-1)/(rows.length-1) : .5), 100-80*r[key]/(top || 1)].map(v => v.toFixed(1))
+      const place = r => [6+228*(rows.length > 1 ? (r.epoch-1)/(rows.length-1) : .5), 78-60*r[key]/(top || 1)].map(v => v.toFixed(1))
       draw('polyline', {class: name, points: points.map(place).join(' ')})
       if (points.length === 1) draw('circle', {class: name, cx: place(points[0])[0], cy: place(points[0])[1], r: 2, fill: 'none'})
       draw('text', {class: name, x, y: 12}, `${text} ${points.at(-1)[key].toFixed(3)}`)
@@ -574,7 +574,7 @@ class Page {
     this.asked = true
     try {
       while (this.saver.busy) await new Promise(done => setTimeout(done, 20))
-      await askJson(`/api/train/${running ? 'stop' : 'start'}`, running ? {} : {method: $('method').value, epochs: +$('epochs').value, new: isNew})
+      await askJson(`/api/train/${running ? 'stop' : 'start'}`, running ? {} : {method: $('method').value, steps: +$('steps').value, new: isNew})
     } catch (e) { $('train-said').textContent = e.message; return }
     this.poll()
   }
