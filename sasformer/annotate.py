@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_POINTS', 'MAX_WIDTH', 'MAX_WORK', 'COLOURS', 'METHODS', 'LONG_SIDE', 'STATIC', 'MAX_BODY', 'Stroke',
            'parse_stroke', 'draw_stroke', 'palette_of', 'set_folder', 'set_classes', 'Conflict', 'OpenMap', 'LabelSet',
-           'photo_part', 'labels_part', 'palette_png', 'thumbnail', 'training_split', 'Training', 'train_recipe',
+           'photo_part', 'thumbnail', 'labels_part', 'palette_png', 'training_split', 'Training', 'train_recipe',
            'Predictor', 'entropy_png', 'next_photo', 'Guard', 'status_of', 'Pages', 'annotate_app', 'annotate_parser',
            'listen', 'main']
 
-# %% ../nbs/70_annotate.ipynb #286e8b40
+# %% ../nbs/70_annotate.ipynb #5c4546d3
 import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, subprocess, sys, threading, zlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
+from fastcore.basics import patch
 from PIL import Image, ImageOps
 import sasformer
 from .annotations import (AnnotationError, PADDING, UNLABELLED, draw_lines, read_label_map, replacing,
@@ -82,7 +83,7 @@ def draw_stroke(
     drawn = draw_lines([(0, stroke.points-(x0, y0))], (y1-y0, x1-x0), stroke.width, 'crop')
     return (slice(y0, y1), slice(x0, x1)), drawn == 0
 
-# %% ../nbs/70_annotate.ipynb #78cb2eed
+# %% ../nbs/70_annotate.ipynb #fb4cfec4
 # colours that stand out on photographs and from each other; after them the VOC devkit's
 COLOURS = [(230, 25, 75), (60, 180, 75), (0, 130, 255), (255, 225, 25), (245, 130, 48), (145, 30, 220), (70, 240, 240),
            (240, 50, 230), (170, 255, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40), (128, 0, 0), (0, 0, 128),
@@ -118,6 +119,7 @@ def set_folder(
         raise OSError(f"{images}: {why}") from None
     return root
 
+# %% ../nbs/70_annotate.ipynb #8e9fdc35
 def set_classes(
     root:Path,        # A set
     given=None,       # Names of the classes; None: those of codes.txt or classes.txt
@@ -174,7 +176,7 @@ def _stamp(file):
     except FileNotFoundError: return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
-# %% ../nbs/70_annotate.ipynb #a510d1b7
+# %% ../nbs/70_annotate.ipynb #4761cff5
 class LabelSet:
     "Photographs, classes and sparse label maps of one folder"
     def __init__(self,
@@ -194,7 +196,7 @@ class LabelSet:
         self._check(images.resolve(), labels)
         self.source = Source(self.name, self.root, self.classes, {}, self.images, {})
         self.counts, self.problems = {}, {}   # id → labelled pixels by class, and all; id → what is wrong with its file
-        self._maps, self._lock, self._versions = OrderedDict(), threading.RLock(), 0
+        self._maps, self.lock, self._versions = OrderedDict(), threading.RLock(), 0
         self._session = secrets.token_hex(4)
 
     def _check(self, images, labels):
@@ -203,8 +205,7 @@ class LabelSet:
             if not f.resolve().is_relative_to(images): raise LayoutError(f"{f}: is a link out of {images}")
         if labels.exists() and not labels.resolve().is_relative_to(self.root.resolve()):
             raise LayoutError(f"{labels}: is a link out of {self.root}")
-        others = labels.rglob('*') if labels.is_dir() else ()
-        for f in others:
+        for f in labels.rglob('*') if labels.is_dir() else ():
             if f.suffix.lower() in IMAGE_SUFFIXES and f.suffix != '.png':
                 raise LayoutError(f"{f}: expected a PNG of class ids, <name>.png")
 
@@ -212,42 +213,47 @@ class LabelSet:
         "(H, W) of a photograph"
         return self.source.shape(id)
 
-    def _new_version(self):
-        self._versions += 1
-        return f'{self._session}-{self._versions}'
+# %% ../nbs/70_annotate.ipynb #f7e8f5f9
+@patch
+def opened(self:LabelSet,
+    id:str,     # A photograph
+)->OpenMap:
+    "The label map of a photograph, read anew where its file has changed; call it with the lock"
+    file, m = self.files[id], self._maps.get(id)
+    if m is None or m.stamp != _stamp(file):
+        stamp, shape = _stamp(file), self.shape(id)
+        labels = np.full(shape, UNLABELLED, np.uint8)
+        if stamp: labels = read_label_map(file, len(self.classes), shape).copy()
+        m = self._maps[id] = OpenMap(labels, stamp, self._new_version())
+        self._count(id, m)
+    self._maps.move_to_end(id)
+    while len(self._maps) > 8: self._maps.popitem(last=False)
+    return m
 
-    def opened(self, id)->OpenMap:
-        "The label map of a photograph, read anew where its file has changed; call it with the lock"
-        file, m = self.files[id], self._maps.get(id)
-        if m is None or m.stamp != _stamp(file):
-            stamp, shape = _stamp(file), self.shape(id)
-            labels = np.full(shape, UNLABELLED, np.uint8)
-            if stamp: labels = read_label_map(file, len(self.classes), shape).copy()
-            m = self._maps[id] = OpenMap(labels, stamp, self._new_version())
-            self._count(id, m)
-        self._maps.move_to_end(id)
-        while len(self._maps) > 8: self._maps.popitem(last=False)
-        return m
+@patch
+def _new_version(self:LabelSet):
+    self._versions += 1
+    return f'{self._session}-{self._versions}'
 
-    def _count(self, id, m):
-        self.counts[id] = m.counts[:len(self.classes)].tolist(), int(m.labels.size-m.counts[PADDING])
-        self.problems.pop(id, None)
+@patch
+def _count(self:LabelSet, id, m):
+    self.counts[id] = m.counts[:len(self.classes)].tolist(), int(m.labels.size-m.counts[PADDING])
+    self.problems.pop(id, None)
 
-    def state(self, id)->dict:
-        "What the page knows of a label map"
-        with self._lock:
-            m = self.opened(id)
-            counts, pixels = self.counts[id]
-            return dict(version=m.version, counts=counts, pixels=pixels, undo=len(m.undo), redo=len(m.redo))
+@patch
+def state(self:LabelSet, id:str)->dict:
+    "What the page knows of a label map"
+    with self.lock:
+        m = self.opened(id)
+        counts, pixels = self.counts[id]
+        return dict(version=m.version, counts=counts, pixels=pixels, undo=len(m.undo), redo=len(m.redo))
 
-# %% ../nbs/70_annotate.ipynb #a3b052b5
-from fastcore.basics import patch
-
+# %% ../nbs/70_annotate.ipynb #81c2105f
 @patch
 def _save(self:LabelSet, id, m):
     "Write a label map; without a label in it there is no file"
     file = self.files[id]
-    if m.counts[UNLABELLED] == m.labels.size: file.unlink(missing_ok=True)   # it held labels of this set only
+    if m.counts[UNLABELLED] == m.labels.size: file.unlink(missing_ok=True)   # undo brings its labels back
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_label_map(file, m.labels, self.palette)
@@ -257,7 +263,7 @@ def _save(self:LabelSet, id, m):
 @patch
 def _change(self:LabelSet, id, version, change):
     "Make a change of one box and save it; `change` gets the map and gives box, new part and the steps that are kept"
-    with self._lock:
+    with self.lock:
         m = self.opened(id)
         if version != m.version:
             raise Conflict(f"{id}: its labels were changed in another tab or program; look at them, then draw again")
@@ -271,6 +277,7 @@ def _change(self:LabelSet, id, version, change):
         done(step)
         return self.state(id)
 
+# %% ../nbs/70_annotate.ipynb #5cdd5c0e
 @patch
 def draw(self:LabelSet,
     id:str,         # A photograph
@@ -315,11 +322,12 @@ def accept(self:LabelSet,
         return (slice(None), slice(None)), part, lambda step: self._done(m, step)
     return self._change(id, version, change)
 
+# %% ../nbs/70_annotate.ipynb #973ceae4
 @patch
 def scan(self:LabelSet):
     "Count the labels of the photographs that nobody has opened yet"
     for id in self.ids:
-        with self._lock:
+        with self.lock:
             if id in self.counts: continue
             if not self.files[id].exists(): self.counts[id] = [0]*len(self.classes), None
             else:
@@ -327,7 +335,7 @@ def scan(self:LabelSet):
                 except (OSError, ValueError) as e: self.problems[id] = one_line(e)
                 else: self._count(id, m)
 
-# %% ../nbs/70_annotate.ipynb #92193bc9
+# %% ../nbs/70_annotate.ipynb #ac2c18fc
 def photo_part(
     image:Image.Image,
     box:tuple,          # (x0, y0, x1, y1) of the photograph
@@ -339,6 +347,21 @@ def photo_part(
     part.save(out, format='JPEG', quality=88)
     return out.getvalue()
 
+def thumbnail(
+    path:Path,
+    side:int=96,   # Pixels
+)->bytes:          # JPEG
+    "A photograph small; of a JPEG only what that takes is decoded"
+    try:
+        with Image.open(path) as im:
+            if im.format != 'JPEG': raise OSError
+            im.draft('RGB', (2*side, 2*side))
+            image = ImageOps.exif_transpose(im).convert('RGB')
+    except OSError: image = open_image(path)
+    image.thumbnail((side, side), reducing_gap=2)
+    return photo_part(image, (0, 0, *image.size), image.size)
+
+# %% ../nbs/70_annotate.ipynb #766b1fd7
 def labels_part(
     labels:np.ndarray,  # (H, W) uint8
     box:tuple,          # (x0, y0, x1, y1)
@@ -369,21 +392,7 @@ def palette_png(
     image.save(out, format='PNG', compress_level=1, transparency=bytes([255]*254+[0, 0]))
     return out.getvalue()
 
-def thumbnail(
-    path:Path,
-    side:int=96,   # Pixels
-)->bytes:          # JPEG
-    "A photograph small; of a JPEG only what that takes is decoded"
-    try:
-        with Image.open(path) as im:
-            if im.format != 'JPEG': raise OSError
-            im.draft('RGB', (2*side, 2*side))
-            image = ImageOps.exif_transpose(im).convert('RGB')
-    except OSError: image = open_image(path)
-    image.thumbnail((side, side), reducing_gap=2)
-    return photo_part(image, (0, 0, *image.size), image.size)
-
-# %% ../nbs/70_annotate.ipynb #fd30e2e4
+# %% ../nbs/70_annotate.ipynb #4d769c3a
 METHODS = dict(baseline="labels only", sasformer='affinity', tel='tree energy', **{'sasformer+tel': 'both'})
 LONG_SIDE = 640
 
@@ -402,6 +411,7 @@ def training_split(
         if sum(id in held for id in labelled) == wanted: return f'folder:seed={seed}', len(labelled)-wanted
     raise AnnotationError(f"{images}: {len(labelled)} labelled photographs leave none for validation")
 
+# %% ../nbs/70_annotate.ipynb #3c6d56e5
 class Training:
     "The runs of a set: one process at a time"
     def __init__(self,
@@ -446,7 +456,7 @@ def train_recipe(
     if fixed: wrong(f"--{fixed[0]} is for the page to choose")
     return recipe('folder', **{k: v for k, v in given.items() if k in Recipe.__dataclass_fields__})
 
-# %% ../nbs/70_annotate.ipynb #ff80e5b3
+# %% ../nbs/70_annotate.ipynb #e132450c
 @patch
 def start(self:Training,
     method:str='sasformer',  # One of `METHODS`
@@ -474,6 +484,7 @@ def start(self:Training,
                                         stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
     self.stopped = False
 
+# %% ../nbs/70_annotate.ipynb #707fb25a
 @patch
 def stop(self:Training,
     wait:float=20.,  # Seconds, then it is killed; what is saved is whole either way
@@ -511,7 +522,7 @@ def state(self:Training)->dict:
     return dict(status=status, run=run.name, progress=max(progress, len(rows)/epochs), rows=rows, epochs=epochs,
                 method=given['--method'], said=said, left=left[1] if left else None)
 
-# %% ../nbs/70_annotate.ipynb #b4b0dfc2
+# %% ../nbs/70_annotate.ipynb #5e2b0b1c
 class Predictor:
     "Predictions of the newest model of a set"
     def __init__(self, maps:LabelSet):
@@ -554,30 +565,31 @@ class Predictor:
         x = image_tensor(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3), model)
         return predict_logits(model, x, dtype=self.dtype)[0].softmax(0).cpu().numpy()
 
-    def look(self, id)->tuple:
-        "Predicted classes and their entropy as a share of the largest, both (h, w) uint8"
-        with self.lock:
-            self.load()
-            if id not in self.seen:
-                p = self.probabilities(id)
-                entropy = -(p*np.log(p.clip(1e-12))).sum(0)/math.log(max(2, len(p)))
-                self.unsure[id] = float(entropy.mean())
-                self.seen[id] = p.argmax(0).astype(np.uint8), (255*entropy.clip(0, 1)).astype(np.uint8)
-                while len(self.seen) > 64: self.seen.popitem(last=False)
-            return self.seen[id]
+# %% ../nbs/70_annotate.ipynb #25a1dfe6
+@patch
+def look(self:Predictor, id:str)->tuple:
+    "Predicted classes and their entropy as a share of the largest, both (h, w) uint8"
+    with self.lock:
+        self.load()
+        if id not in self.seen:
+            p = self.probabilities(id)
+            entropy = -(p*np.log(p.clip(1e-12))).sum(0)/math.log(max(2, len(p)))
+            self.unsure[id] = float(entropy.mean())
+            self.seen[id] = p.argmax(0).astype(np.uint8), (255*entropy.clip(0, 1)).astype(np.uint8)
+            while len(self.seen) > 64: self.seen.popitem(last=False)
+        return self.seen[id]
 
-    def mask(self, id)->np.ndarray:
-        "The prediction in the photograph's own size, (H, W) uint8; probabilities are resized, then compared"
-        with self.lock: p = self.probabilities(id)
-        size = self.maps.shape(id)[::-1]
-        best, out = None, np.zeros(size[::-1], np.uint8)
-        for c, one in enumerate(p):
-            one = np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR))
-            if best is None: best = one.copy()
-            else:
-                better = one > best
-                out[better], best[better] = c, one[better]
-        return out
+@patch
+def mask(self:Predictor, id:str)->np.ndarray:
+    "The prediction in the photograph's own size, (H, W) uint8; probabilities are resized, then compared"
+    with self.lock: p = self.probabilities(id)
+    size = self.maps.shape(id)[::-1]
+    best, out = np.zeros(size[::-1], np.float32), np.zeros(size[::-1], np.uint8)
+    for c, one in enumerate(p):
+        one = np.asarray(Image.fromarray(one).resize(size, Image.Resampling.BILINEAR))
+        better = one > best
+        out[better], best[better] = c, one[better]
+    return out
 
 def entropy_png(
     entropy:np.ndarray,  # (h, w) uint8
@@ -700,7 +712,7 @@ def _view(request, shape):
                               "most 4096×4096")
     return box, size
 
-# %% ../nbs/70_annotate.ipynb #818b92e4
+# %% ../nbs/70_annotate.ipynb #e6d6312c
 class Pages:
     "The answers to the page's requests"
     def __init__(self, maps:LabelSet, options=()):
@@ -736,23 +748,28 @@ class Pages:
 
     def labels(self, request, data):
         id = self._id(request)
-        with self.maps._lock:
+        with self.maps.lock:
             labels = self.maps.opened(id).labels
             ids = labels_part(labels, *_view(request, labels.shape))
         return palette_png(ids, self.maps.palette), 'image/png'
 
-    def strokes(self, request, data):
-        id = self._id(request)
-        return self.maps.draw(id, data.get('version'), parse_stroke(data, len(self.maps.classes), self.maps.shape(id)))
+# %% ../nbs/70_annotate.ipynb #84e229de
+@patch
+def strokes(self:Pages, request, data):
+    id = self._id(request)
+    return self.maps.draw(id, data.get('version'), parse_stroke(data, len(self.maps.classes), self.maps.shape(id)))
 
-    def undo(self, request, data): return self.maps.back(self._id(request), data.get('version'))
-    def redo(self, request, data): return self.maps.back(self._id(request), data.get('version'), redo=True)
+@patch
+def undo(self:Pages, request, data): return self.maps.back(self._id(request), data.get('version'))
 
-    def accept(self, request, data):
-        id = self._id(request)
-        return self.maps.accept(id, data.get('version'), self.predictor.mask(id))
+@patch
+def redo(self:Pages, request, data): return self.maps.back(self._id(request), data.get('version'), redo=True)
 
-# %% ../nbs/70_annotate.ipynb #3205cba7
+@patch
+def accept(self:Pages, request, data):
+    id = self._id(request)
+    return self.maps.accept(id, data.get('version'), self.predictor.mask(id))
+
 @patch
 def prediction(self:Pages, request, data):
     return palette_png(self.predictor.look(self._id(request))[0], self.maps.palette), 'image/png'
@@ -819,7 +836,7 @@ def annotate_app(
     app.pages = pages
     return app
 
-# %% ../nbs/70_annotate.ipynb #4352ca58
+# %% ../nbs/70_annotate.ipynb #d93b36e4
 def annotate_parser():
     p = argparse.ArgumentParser(
         prog='sasformer_annotate', allow_abbrev=False,
@@ -841,6 +858,7 @@ def annotate_parser():
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
+# %% ../nbs/70_annotate.ipynb #689cbebd
 def listen(
     port:int,  # 0: any that is free
 ):
