@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TOOLS', 'MAX_POINTS', 'MAX_WIDTH', 'MAX_WORK', 'COLOURS', 'METHODS', 'LONG_SIDE', 'STATIC', 'MAX_BODY', 'Stroke',
            'parse_stroke', 'draw_stroke', 'palette_of', 'set_folder', 'set_classes', 'Conflict', 'OpenMap', 'LabelSet',
-           'photo_part', 'thumbnail', 'labels_part', 'palette_png', 'training_split', 'Training', 'train_recipe',
-           'Predictor', 'entropy_png', 'next_photo', 'Guard', 'status_of', 'Pages', 'annotate_app', 'annotate_parser',
-           'listen', 'main']
+           'BandedPNG', 'photo_part', 'thumbnail', 'labels_part', 'palette_png', 'training_split', 'Training',
+           'train_recipe', 'Predictor', 'entropy_png', 'next_photo', 'Guard', 'status_of', 'Pages', 'annotate_app',
+           'annotate_parser', 'listen', 'main']
 
-# %% ../nbs/70_annotate.ipynb #5c4546d3
-import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, subprocess, sys, threading, zlib
+# %% ../nbs/70_annotate.ipynb #8ce72963
+import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, struct, subprocess, sys, threading, zlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 import sasformer
 from .annotations import (AnnotationError, PADDING, UNLABELLED, draw_lines, read_label_map, replacing,
-                                   voc_palette, write_json, write_label_map)
+                                   voc_palette, write_json)
 from .datasets import (IMAGE_SUFFIXES, LayoutError, Source, _class_names, _folder_splits, open_image)
 from .programs import lock_file, one_line, program
 from .train import run_progress
@@ -141,7 +141,7 @@ def set_classes(
         with replacing(file or root/'codes.txt') as tmp: tmp.write_text('\n'.join(names)+'\n', encoding='utf-8')
     return names
 
-# %% ../nbs/70_annotate.ipynb #a7f62edb
+# %% ../nbs/70_annotate.ipynb #2b6fe56e
 class Conflict(ValueError): "A step that was meant for another version of a label map"
 
 class OpenMap:
@@ -155,6 +155,7 @@ class OpenMap:
         self.labels, self.stamp, self.version = labels, stamp, version
         self.counts = np.bincount(labels.ravel(), minlength=256)
         self.undo, self.redo = [], []   # boxes and what was in them, compressed
+        self.png = None                 # its file, packed by bands of rows
 
     def put(self, box, part):
         "Replace a part of the map"
@@ -248,15 +249,52 @@ def state(self:LabelSet, id:str)->dict:
         counts, pixels = self.counts[id]
         return dict(version=m.version, counts=counts, pixels=pixels, undo=len(m.undo), redo=len(m.redo))
 
-# %% ../nbs/70_annotate.ipynb #81c2105f
+# %% ../nbs/70_annotate.ipynb #f29d7e18
+class BandedPNG:
+    "A label map as a palette PNG, of which only the rows that change are packed anew"
+    rows = 64   # Of a band
+    def __init__(self,
+        labels:np.ndarray,   # (H, W) uint8; it may change, `packed` is told where
+        palette:np.ndarray,  # (C, 3) uint8
+    ):
+        self.labels, (h, w), colours = labels, labels.shape, voc_palette()
+        colours[:len(palette)] = palette
+        header = struct.pack('>IIBBBBB', w, h, 8, 3, 0, 0, 0)   # 8 bits, palette
+        self.head = b'\x89PNG\r\n\x1a\n'+_chunk(b'IHDR', header)+_chunk(b'PLTE', colours.tobytes())
+        self.bands = {}   # first row → chunk, Adler-32 of what is in it, its length
+
+    def packed(self,
+        top:int=0, bottom:int=None,  # Rows that have changed since the last time; None: to the last
+    )->bytes:                        # The file
+        "The map as it is now"
+        starts, bottom = range(0, len(self.labels), self.rows), len(self.labels) if bottom is None else bottom
+        for y in starts:
+            if y not in self.bands or y < bottom and y+self.rows > top: self.bands[y] = self._pack(y)
+        low, high = 1, 0   # Adler-32 of all bands, from theirs
+        for _, adler, n in (self.bands[y] for y in starts):
+            low, high = (low+(adler & 0xffff)-1) % 65521, (high+(adler >> 16)+n*(low-1)) % 65521
+        end = _chunk(b'IDAT', b'\x03\x00'+struct.pack('>HH', high, low))   # an empty last block
+        return b''.join([self.head, *(self.bands[y][0] for y in starts), end, _chunk(b'IEND', b'')])
+
+    def _pack(self, y):
+        rows = np.pad(self.labels[y:y+self.rows], ((0, 0), (1, 0))).tobytes()   # each begins with its filter: none
+        z = zlib.compressobj(1, wbits=-15)
+        packed = z.compress(rows)+z.flush(zlib.Z_FULL_FLUSH)
+        return _chunk(b'IDAT', (b'\x78\x01' if y == 0 else b'')+packed), zlib.adler32(rows), len(rows)
+
+def _chunk(kind, data):
+    return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
+
+# %% ../nbs/70_annotate.ipynb #668bd54a
 @patch
-def _save(self:LabelSet, id, m):
-    "Write a label map; without a label in it there is no file"
+def _save(self:LabelSet, id, m, rows):
+    "Write a label map of which these rows have changed; without a label in it there is no file"
     file = self.files[id]
     if m.counts[UNLABELLED] == m.labels.size: file.unlink(missing_ok=True)   # undo brings its labels back
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_label_map(file, m.labels, self.palette)
+        if m.png is None: m.png = BandedPNG(m.labels, self.palette)
+        with replacing(file) as tmp: tmp.write_bytes(m.png.packed(rows.start or 0, rows.stop))
     m.stamp, m.version = _stamp(file), self._new_version()
     self._count(id, m)
 
@@ -270,9 +308,10 @@ def _change(self:LabelSet, id, version, change):
         box, part, done = change(m)
         step = m.step(box)
         m.put(box, part)
-        try: self._save(id, m)
+        try: self._save(id, m, box[0])
         except BaseException:
             m.put(*m.restored(step))
+            m.png = None
             raise
         done(step)
         return self.state(id)
