@@ -13,10 +13,10 @@ setup(
                  'Programming Language :: Python :: 3'],
     project_urls={'Source': cfg['git_url']}, author_email=cfg['author_email'],
     packages=find_packages(include=['sasformer', 'sasformer.*']), include_package_data=True,
-    package_data={'sasformer': ['splits/*.json']},
+    package_data={'sasformer': ['splits/*.json', 'static/*']},
     long_description=open('README.md', encoding='utf8').read(), long_description_content_type='text/markdown',
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard'],
-                    'onnx': ['onnx', 'onnxruntime', 'onnxscript']},
+                    'onnx': ['onnx', 'onnxruntime', 'onnxscript'], 'annotate': ['starlette', 'uvicorn']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['sasformer=sasformer._modidx:d']},
 )

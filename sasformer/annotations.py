@@ -245,12 +245,29 @@ def _disc(diameter):
     inside = x**2 + y**2 <= (diameter/2)**2
     return y[inside], x[inside]
 
+# %% ../nbs/00_annotations.ipynb #strokeruns1
 def _stroke(rows, cols, diameter, shape):
     "Rows and columns of a disc drawn at every one of the pixels `rows`, `cols`, as far as they lie in the image"
     dy, dx = _disc(diameter)
-    y, x = (np.asarray(rows)[:, None] + dy).ravel(), (np.asarray(cols)[:, None] + dx).ravel()
+    rows, cols = np.asarray(rows), np.asarray(cols)
+    many = len(rows)*len(dy) > 200_000
+    y, x = _runs(rows, cols, dy, shape) if many else ((r[:, None]+d).ravel() for r, d in ((rows, dy), (cols, dx)))
     inside = (y >= 0) & (y < shape[0]) & (x >= 0) & (x < shape[1])
     return y[inside], x[inside]
+
+def _runs(rows, cols, dy, shape):
+    "The pixels of the discs from their runs: where one begins is +1, behind its end -1, and the sum is above 0 within"
+    r = dy.max()
+    near = (rows >= -r) & (rows < shape[0]+r) & (cols >= -r) & (cols < shape[1]+r)
+    rows, cols = rows[near], cols[near]
+    if not len(rows): return rows, cols
+    top, left = rows.min()-r, cols.min()-r
+    ends = np.zeros((rows.max()-top+r+1, cols.max()-left+r+2), np.int32)
+    for d, n in zip(*np.unique(dy, return_counts=True)):   # a row of the disc, and its pixels
+        np.add.at(ends, (rows-top+d, cols-left-n//2), 1)
+        np.add.at(ends, (rows-top+d, cols-left+n//2+1), -1)
+    y, x = np.nonzero(ends.cumsum(1) > 0)
+    return y+top, x+left
 
 # %% ../nbs/00_annotations.ipynb #46b1e675
 def _pixels(xy, shape, outside, name):

@@ -100,6 +100,7 @@ REMOVALS = [
     ('learner', "(self.folder / '.lock').unlink()", "the lock that this run holds"),
     ('datasets', "shutil.rmtree(p / 'scribble')", "in the temporary folder of its cell"),
     ('learner', "(Path(tmp) / 'cut' / f).unlink()", "in the temporary folder of its cell"),
+    ('annotate', 'file.unlink(missing_ok=True)', "a label map without any label; undo brings them back"),
     ('inference', "(photos / 'cut.jpg').unlink()", "written three lines above, in the notebook's temporary folder"),
     ('inference', "(photos / f'{i}.png').unlink()", "written two lines above, in the notebook's temporary folder"),
 ]

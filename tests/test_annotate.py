@@ -1,0 +1,448 @@
+"sasformer_annotate: its page in a real Chromium, what its server refuses, and what is left when it is killed"
+import errno, json, os, re, shutil, signal, subprocess, sys, threading, time
+from pathlib import Path
+import httpx2 as httpx
+import numpy as np, pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from sasformer import annotate
+from sasformer.annotate import MAX_BODY, LabelSet, annotate_app, listen, set_classes, set_folder
+from sasformer.annotations import UNLABELLED, draw_lines, read_label_map, write_label_map
+from sasformer.datasets import LayoutError, folder, scenes
+
+CLASSES = ['ground', "d'être <b>", 'ring']
+CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
+
+
+@pytest.fixture(scope='module')
+def photographs(tmp_path_factory):
+    "Scenes as photographs, among them one that is turned and one of 16 bits"
+    path, src = tmp_path_factory.mktemp('scenes'), scenes(n_train=4, n_val=0, size=96)
+    for k, id in enumerate(src.splits['train']): src.image(id).resize((160, 120)).save(path/f'{k} photo.png')
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    src.image(id).resize((160, 120)).save(path/'turned é.jpg', exif=exif)
+    Image.fromarray(np.arange(120*160, dtype=np.uint16).reshape(120, 160)*3).save(path/'sixteen.tif')
+    return path
+
+
+@pytest.fixture
+def maps(photographs, tmp_path):
+    "A set beside new photographs"
+    root = set_folder(shutil.copytree(photographs, tmp_path/'photos'))
+    return LabelSet(root, set_classes(root, CLASSES))
+
+
+def opened(maps):
+    "Somebody who has opened the link of a set"
+    client = TestClient(annotate_app(maps, 80, 'secret'), base_url='http://localhost:80',
+                        headers=dict(host='localhost:80'))
+    assert client.get('/?token=secret').status_code == 200
+    return client
+
+
+@pytest.fixture
+def client(maps): return opened(maps)
+
+
+def stroke(client, n=0, **change):
+    version = client.get(f'/api/photos/{n}').json()['version']
+    sent = dict(tool='brush', cls=1, width=5, points=[[10, 10], [60, 50]], version=version)
+    return client.post(f'/api/photos/{n}/strokes', json={**sent, **change})
+
+
+def drawn(strokes, shape):
+    "The label map of strokes as they were sent, by `draw_lines`"
+    out = np.full(shape, UNLABELLED, np.uint8)
+    for s in strokes:
+        at = draw_lines([(0, s['points'])], shape, s['width'], 'crop') == 0
+        out[at] = UNLABELLED if s['tool'] == 'eraser' else s['cls']
+    return out
+
+
+# What the server refuses
+
+PLACES = ['/../pyproject.toml', '/..%2f..%2fsetup.py', '/annotate.js/../../annotate.py', '/static/annotate.js',
+          '/api/photos/../../../etc/passwd/image', '/api/photos/..%2f..%2fetc%2fpasswd/thumb', '/api/photos/-1/image',
+          '/api/photos/99/labels', '/api/photos/0%00/image', '/api/photos/1e3', '/%2e%2e/%2e%2e/etc/passwd',
+          '//etc/passwd', '/api/photos/99999999999999999999/prediction']
+
+@pytest.mark.parametrize('place', PLACES)
+def test_no_path_leads_out(client, place):
+    "Neither by reading nor by writing"
+    for answer in (client.get(place), client.post(place, json={})):
+        assert answer.status_code in (404, 405), (place, answer.status_code, answer.text[:80])
+        assert 'root:' not in answer.text and 'import ' not in answer.text
+
+
+ROUTES = ['/', '/annotate.js', '/api/set', '/api/train', '/api/photos/0', '/api/photos/0/image', '/nothing']
+
+@pytest.mark.parametrize('change,words', [
+    (dict(token='wrong'), 'token'), (dict(token='wr\u00f6ng'), 'token'), (dict(token=''), 'token'),
+    (dict(host='evil.example'), 'host'), (dict(host='127.0.0.1:81'), 'host'),
+    (dict(origin='http://evil.example'), 'pages of'), (dict(origin='null'), 'pages of'),
+    (dict(origin='http://127.0.0.1:81'), 'pages of')])
+def test_strangers_are_refused(client, change, words):
+    "On every route, whatever they ask for"
+    if 'token' in change: client.cookies.clear()
+    asked = {k: v for k, v in change.items() if k != 'token'}
+    for route in ROUTES:
+        address = f"{route}?token={change['token']}" if 'token' in change else route
+        for answer in (client.get(address, headers=asked), client.post(address, headers=asked, json={})):
+            assert answer.status_code == 403 and words in answer.text and answer.text.count('\n') == 1, answer.text
+
+
+def test_the_link_leaves_a_cookie_that_pages_elsewhere_do_not_get(maps):
+    client = TestClient(annotate_app(maps, 80, 'secret'), base_url='http://127.0.0.1:80', follow_redirects=False)
+    answer = client.get('/?token=secret', headers=dict(host='localhost:80'))
+    assert answer.status_code == 303 and answer.headers['location'] == '/'
+    assert 'HttpOnly' in answer.headers['set-cookie'] and 'samesite=strict' in answer.headers['set-cookie'].lower()
+    assert "default-src 'self'" in answer.headers['content-security-policy']
+
+
+@pytest.mark.parametrize('change,words', [
+    (dict(points=[[1, 1]]*10_001), '10001 points'), (dict(points=[[1, 'x']]), 'positions'), (dict(cls=3), 'class is 3'),
+    (dict(cls='ground'), "class is 'ground'"), (dict(cls=254), 'class is 254'), (dict(width=2), 'odd'),
+    (dict(width=10**9+1), 'odd'),
+    (dict(tool='../../x'), 'tool is'), (dict(points=[[1e308, 1e308]]), 'positions'), (dict(points={}), 'points'),
+    (dict(points=[[-50, -50]]), 'outside'), (dict(version='old'), 'another tab'), (dict(version=None), 'another tab')])
+def test_strokes_that_cannot_be_meant(client, maps, change, words):
+    "Are answered in a line, and nothing is written"
+    stroke(client)
+    before = maps.files[maps.ids[0]].read_bytes()
+    answer = stroke(client, **change)
+    error = answer.json()['error']
+    assert answer.status_code == (409 if 'version' in change else 422) and words in error and '\n' not in error
+    assert len(error) < 300 and maps.files[maps.ids[0]].read_bytes() == before
+
+
+@pytest.mark.parametrize('body', [b'[' * 100_000, b'{"points": [' + b'[1,1],' * 1_000_000 + b'[1,1]]}', b'\xff', b'7',
+                                  b'{"width": NaN'])
+def test_bodies_that_are_none(client, body):
+    answer = client.post('/api/photos/0/strokes', content=body)
+    assert answer.status_code == 422 and '\n' not in answer.json()['error']
+    assert len(body) < MAX_BODY or 'bytes' in answer.json()['error']
+
+
+def test_parts_that_are_none(client):
+    for query in ('box=0,0,161,120', 'box=5,5,5,9', 'box=a,b,c,d', 'box=0,0,10,10&size=100000,1',
+                  'box=-1,0,10,10', 'size=1'):
+        for what in ('image', 'labels'): assert client.get(f'/api/photos/0/{what}?{query}').status_code == 422, query
+    for n in range(6): assert client.get(f'/api/photos/{n}/image').headers['content-type'] == 'image/jpeg'
+
+
+def test_training_before_there_are_labels(client):
+    answer = client.post('/api/train/start', json={})
+    assert answer.status_code == 422 and 'at least 2' in answer.json()['error']
+    assert client.get('/api/photos/0/prediction').status_code == 404
+    for wrong in (dict(method='--out=/'), dict(method=7), dict(steps=0), dict(steps='1'), dict(steps=1e9)):
+        assert client.post('/api/train/start', json=wrong).status_code == 422, wrong
+    assert client.get('/api/train').json()['status'] == 'none'
+
+
+def test_a_full_disk_loses_nothing(client, maps, monkeypatch):
+    for cls in (0, 1): stroke(client, cls=cls)
+    file = maps.files[maps.ids[0]]
+    before, photo = file.read_bytes(), client.get('/api/photos/0').json()
+    def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', full)
+        for answer in (stroke(client, cls=2), client.post('/api/photos/0/undo', json=dict(version=photo['version']))):
+            assert answer.status_code == 507 and 'No space left' in answer.json()['error']
+    assert file.read_bytes() == before and client.get('/api/photos/0').json() == photo
+    assert [f.name for f in file.parent.iterdir()] == [file.name], 'no half a file is left'
+    assert stroke(client, cls=2).status_code == 200, 'the same stroke, later'
+
+
+def test_names_with_quotes_and_unicode(tmp_path):
+    photos = tmp_path/"l'été “à” #1 %2e"
+    photos.mkdir()
+    names = ['"quoted\' & <b>.png', 'Ñandú ☃ #?.png', 'a%2f..%2fx.png']
+    for name in names: Image.new('RGB', (40, 30)).save(photos/name)
+    root = set_folder(photos)
+    maps = LabelSet(root, set_classes(root, CLASSES))
+    client = opened(maps)
+    for n in range(3): assert stroke(client, n).status_code == 200
+    assert {p['name'] for p in client.get('/api/set').json()['photos']} == set(names)
+    src = folder(root, val=.4)
+    assert sorted(sum(src.splits.values(), [])) == sorted(Path(n).stem for n in names) and src.classes == CLASSES
+
+
+def test_links_that_lead_out_are_refused(tmp_path, maps):
+    (tmp_path/'secret.png').write_bytes(b'secret')
+    (maps.root/'images/x.png').symlink_to(tmp_path/'secret.png')
+    with pytest.raises(LayoutError, match='is a link out'): LabelSet(maps.root, CLASSES)
+    (maps.root/'images/x.png').rename(tmp_path/'x.png')
+    (maps.root/'scribble').symlink_to(tmp_path)
+    with pytest.raises(LayoutError, match='is a link out'): LabelSet(maps.root, CLASSES)
+
+
+def test_a_set_with_splits_and_labels_of_somebody_else(tmp_path):
+    "What is there is opened, corrected and saved where `folder` finds it; a file that is none is left alone"
+    for split in ('train', 'val'):
+        (tmp_path/'images'/split).mkdir(parents=True)
+        for k in range(2): Image.new('RGB', (40, 30)).save(tmp_path/'images'/split/f'{split}{k}.png')
+    (tmp_path/'codes.txt').write_text('a\nb\n')
+    (tmp_path/'scribble/train').mkdir(parents=True)
+    there = np.full((30, 40), UNLABELLED, np.uint8)
+    there[3:5] = 1
+    write_label_map(tmp_path/'scribble/train/train0.png', there)
+    write_label_map(tmp_path/'scribble/train/train1.png', there+3)
+    maps = LabelSet(tmp_path, set_classes(set_folder(tmp_path)))
+    maps.scan()
+    assert maps.counts['train0'] == ([0, 80], 1200) and 'id 2' in maps.problems['train1']
+    client = opened(maps)
+    for n in (0, 2, 3): assert stroke(client, n, cls=0, points=[[20, 20]]).status_code == 200
+    assert client.get('/api/photos/1').status_code == 422
+    there[draw_lines([(0, [[20, 20]])], (30, 40), 5) == 0] = 0
+    assert (read_label_map(tmp_path/'scribble/train/train0.png') == there).all()
+    assert set(read_label_map(tmp_path/'scribble/train/train1.png').ravel()) == {2, 4}
+    assert (tmp_path/'scribble/val/val1.png').exists()
+
+
+def test_a_killed_server_loses_at_most_the_last_stroke(photographs, tmp_path):
+    shutil.copytree(photographs, tmp_path/'photos')
+    env = dict(os.environ, PYTHONPATH=str(Path(annotate.__file__).parents[1]))
+    process = subprocess.Popen([sys.executable, '-m', 'sasformer.annotate', tmp_path/'photos', '--classes', 'a,b,c',
+                                '--no-browser'], stdout=subprocess.PIPE, text=True, env=env)
+    link = next(line.strip() for line in process.stdout if line.startswith('http'))
+    rng, sent, done = np.random.default_rng(0), [], 0
+    with httpx.Client(base_url=link.partition('/?')[0], follow_redirects=True) as client:
+        client.get(link)
+        version = client.get('/api/photos/0').json()['version']
+        threading.Timer(.7, process.kill).start()
+        try:
+            while True:
+                points = rng.integers(0, 120, (4, 2)).tolist()
+                sent.append(dict(tool='brush', cls=int(rng.integers(3)), width=5, points=points))
+                version = client.post('/api/photos/0/strokes', json=dict(sent[-1], version=version)).json()['version']
+                done += 1
+        except httpx.TransportError: pass
+    assert process.wait() == -signal.SIGKILL and done > 5
+    file, = (tmp_path/'photos_labels/scribble').glob('*.png')
+    labels = read_label_map(file)
+    assert any((labels == drawn(sent[:n], labels.shape)).all() for n in (done, done+1))
+    process = subprocess.Popen([sys.executable, '-m', 'sasformer.annotate', tmp_path/'photos', '--no-browser'],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)   # it goes on
+    link = next(line for line in process.stdout if line.startswith('http'))
+    process.send_signal(signal.SIGINT)
+    assert 'every stroke is saved' in process.communicate()[1] and process.returncode == 130
+
+
+# The page
+
+@pytest.fixture(scope='module')
+def browser():
+    "Debian's Chromium, driven by Playwright"
+    if CHROMIUM is None: pytest.skip("no Chromium here: the page is not tested (apt-get install chromium)")
+    sync = pytest.importorskip('playwright.sync_api', reason="Playwright is not here: the page is not tested")
+    with sync.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+class Screen:
+    "A page and a hand at its mouse"
+    def __init__(self, page, maps, link):
+        self.page, self.maps, self.link, self.sent, self.errors = page, maps, link, [], []
+        page.on('pageerror', lambda e: self.errors.append(str(e)))
+        page.on('request', self.note)
+        page.goto(link)
+        self.ready(0)
+    def note(self, request):
+        if request.url.endswith('/strokes'): self.sent.append(json.loads(request.post_data))
+    def ready(self, n): self.page.wait_for_selector(f'#stage[data-ready="{n}"]')
+    def at(self, x, y):
+        "Where a pixel of the photograph (by its centre) is on the screen"
+        box = self.page.locator('#stage').bounding_box()
+        view = self.page.evaluate('page.stage.view')
+        return tuple(box[k]+(v+.5-view[k])*view['scale'] for k, v in (('x', x), ('y', y)))
+    def drag(self, *points):
+        self.page.mouse.move(*self.at(*points[0]))
+        self.page.mouse.down()
+        for p in points[1:]: self.page.mouse.move(*self.at(*p), steps=4)
+        self.page.mouse.up()
+    def press(self, *keys):
+        for k in keys: self.page.keyboard.press(k)
+    def saved(self, n):
+        "Until so many strokes have been sent and all is saved"
+        self.until('!page.saver.queue.length && !page.saver.busy && !page.stage.pending.length',
+                   lambda: len(self.sent) == n)
+    def until(self, js, also=lambda: True, seconds=60):
+        end = time.time()+seconds
+        while not (self.page.evaluate(js) and also()):
+            said = [self.page.locator(f'#{id}').text_content() for id in ('trouble-text', 'train-said')]
+            assert time.time() < end, (js, said)
+            self.page.wait_for_timeout(50)
+    def file(self, n): return read_label_map(self.maps.files[self.maps.ids[n]])
+    def colour(self, layer, x, y):
+        "Of a pixel of the photograph in one layer of the page: red, green, blue, opacity"
+        return self.page.evaluate("""([layer, x, y]) => {
+            const s = page.stage, at = [x+.5-s.view.x, y+.5-s.view.y].map(v => v*s.density())
+            return [...s.layers[layer].context.getImageData(...at, 1, 1).data] }""", [layer, x, y])
+
+
+@pytest.fixture
+def screen(browser, maps):
+    "The page of a new set, its server in a thread"
+    import uvicorn
+    sock = listen(0)
+    port = sock.getsockname()[1]
+    app = annotate_app(maps, port, 'secret', ['--size', '32', '--bs', '2', '--device', 'cpu', '--decoder_dim', '32'])
+    server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=1))
+    server.install_signal_handlers = lambda: None
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
+    thread.start()
+    maps.scan()
+    page = browser.new_page(viewport=dict(width=1280, height=720))
+    screen = Screen(page, maps, f'http://127.0.0.1:{port}/?token=secret')
+    screen.training = app.pages.training
+    yield screen
+    page.close()
+    server.should_exit = True
+    thread.join()
+    app.pages.training.stop()
+    assert not screen.errors, screen.errors
+
+
+def test_drawing(screen):
+    "Each tool by mouse, undo, zoom, next photograph, reload: the file is what `draw_lines` says"
+    page = screen.page
+    assert page.evaluate('location.search') == '', 'the token is not left in the address'
+    screen.press('2')
+    screen.drag((20, 20), (60, 30), (80, 70))
+    screen.press('l', '3', ']')
+    screen.drag((100, 20), (140, 100))
+    for p in ((30, 90), (50, 100), (70, 90)): page.mouse.click(*screen.at(*p))   # a line from corner to corner
+    screen.press('Enter', 'p', '1')
+    page.mouse.click(*screen.at(120, 30))
+    screen.press('e')
+    screen.drag((60, 20), (60, 60))
+    screen.saved(5)
+    tools, points = zip(*((s['tool'], s['points']) for s in screen.sent))
+    assert tools == ('brush', 'line', 'line', 'point', 'eraser') and points[1] == [[100, 20], [140, 100]]
+    assert points[2] == [[30, 90], [50, 100], [70, 90]] and points[3] == [[120, 30]] and points[0][0] == [20, 20]
+    assert (screen.file(0) == drawn(screen.sent, (120, 160))).all()
+    assert tuple(screen.colour('labels', 120, 60)) == (0, 130, 255, 255) and screen.colour('labels', 5, 5)[3] == 0
+
+    screen.press('Control+z')
+    screen.saved(5)
+    assert (screen.file(0) == drawn(screen.sent[:4], (120, 160))).all()
+    screen.press('Control+y')
+    screen.saved(5)
+    assert (screen.file(0) == drawn(screen.sent, (120, 160))).all()
+
+    page.mouse.move(*screen.at(40, 60))
+    page.mouse.wheel(0, -400)   # the pixel under the pointer stays there
+    page.wait_for_timeout(200)
+    assert page.evaluate('page.stage.view.scale') > 8
+    screen.press('b', '1', '[')
+    screen.drag((38, 60), (44, 63))
+    screen.saved(6)
+    assert screen.sent[5]['points'][0] == [38, 60] and screen.sent[5]['points'][-1] == [44, 63]
+    assert (screen.file(0) == drawn(screen.sent, (120, 160))).all()
+
+    screen.press('n')
+    screen.ready(1)
+    assert 'next without labels' in page.locator('#hint').text_content()
+    page.reload()
+    screen.ready(1)
+    page.locator('#list button').first.click()
+    screen.ready(0)
+    assert '%' in page.locator('#list button').first.locator('.far').text_content()
+    assert '1 of 6' in page.locator('#summary').text_content() and tuple(screen.colour('labels', 120, 60))[3] == 255
+    assert page.locator('#class-buttons .name').all_text_contents() == CLASSES
+
+
+def test_turned_photograph_by_keyboard_alone(screen):
+    page = screen.page
+    page.locator('#list button', has_text='turned').focus()
+    screen.press('Enter')
+    screen.ready(5)
+    shape = screen.maps.shape('turned é')
+    assert shape == (160, 120)
+    for _ in range(60):   # everything can be reached by Tab, and is seen to be
+        screen.press('Tab')
+        if page.evaluate('document.activeElement.id') == 'stage': break
+    assert page.evaluate('document.activeElement.id') == 'stage'
+    screen.press('b', '3', 'ArrowLeft', 'Space', 'Shift+ArrowRight', 'ArrowDown', 'Space')
+    screen.saved(1)
+    assert len(screen.sent[0]['points']) == 3 and (screen.file(5) == drawn(screen.sent, shape)).all()
+
+
+def test_touch_draws_with_one_finger_and_moves_with_two(screen):
+    "By the events that a touch screen sends"
+    x, y = screen.at(40, 40)
+    fire = """([type, id, x, y]) => page.stage.element.dispatchEvent(new PointerEvent(type, {pointerId: id,
+        pointerType: 'touch', clientX: x, clientY: y, button: 0, bubbles: true, cancelable: true}))"""
+    def touch(*events):
+        for type, id, dx, dy in events: screen.page.evaluate(fire, [f'pointer{type}', id, x+dx, y+dy])
+    touch(('down', 1, 0, 0), ('move', 1, 40, 20), ('up', 1, 40, 20))
+    screen.saved(1)
+    scale = screen.page.evaluate('page.stage.view.scale')
+    touch(('down', 1, 0, 0), ('down', 2, 100, 0), ('move', 2, 200, 0), ('up', 1, 0, 0), ('up', 2, 200, 0))
+    screen.saved(1)   # two fingers draw nothing
+    assert screen.page.evaluate('page.stage.view.scale') > 1.5*scale
+
+
+def test_two_tabs(screen, browser):
+    "The second to draw is told, and nothing of either is lost"
+    other = Screen(browser.new_page(), screen.maps, screen.link)
+    screen.drag((20, 20), (60, 30))
+    screen.saved(1)
+    other.press('3')
+    other.drag((100, 20), (140, 100))
+    other.page.wait_for_selector('#trouble:not([hidden])')
+    assert 'another tab' in other.page.locator('#trouble-text').text_content()
+    assert (screen.file(0) == drawn(screen.sent, (120, 160))).all()
+    other.page.click('#trouble-again')
+    other.saved(2)
+    assert (screen.file(0) == drawn(screen.sent+other.sent[1:], (120, 160))).all()
+    other.page.close()
+
+
+def test_training_seen_stopped_and_gone_on_with(screen):
+    "A prediction with its uncertainty, taken over as a mask; then the run goes on with more labels"
+    page = screen.page
+    for n in range(3):
+        screen.press('1')
+        screen.drag((10, 10), (150, 12))
+        screen.press('2')
+        screen.drag((60, 60), (90, 70))
+        screen.saved(2*n+2)
+        screen.press('PageDown')
+        screen.ready(n+1)
+    screen.press('PageUp')
+    screen.ready(2)
+    page.fill('#steps', '60')
+    page.select_option('#method', 'baseline')
+    page.click('#train')
+    screen.until("page.training.rows.length > 0 && page.model")
+    assert re.search(r'epoch \d+ of 60', page.locator('#train-said').text_content())
+    assert page.locator('#curves polyline').count() >= 1
+    page.click('#train')
+    screen.until("page.training.status == 'stopped'")
+    done = page.evaluate('page.training.rows.length')
+    assert page.locator('#train').text_content() == 'Go on'
+
+    for layer in ('prediction', 'entropy'): page.check(f'#{layer}-on')
+    screen.until("page.stage.layers.prediction.whole && page.stage.layers.entropy.whole")
+    palette = screen.maps.palette.tolist()
+    assert screen.colour('prediction', 80, 100)[:3] in palette and screen.colour('entropy', 80, 100)[3] == 255
+    strokes = screen.file(2)
+    page.click('#accept')
+    screen.saved(6)
+    mask = screen.file(2)
+    assert mask.max() < 3 and (mask == strokes)[strokes < UNLABELLED].all()
+    assert page.locator('#list button').nth(2).locator('.far').text_content() == 'mask'
+
+    screen.press('n')
+    screen.until("page.n > 2")
+    page.click('#train')
+    screen.until("page.training.status == 'running'")
+    run, *options = screen.training.process.args[-3:]
+    assert options == ['--resume', '--allow_changes'] and run.endswith('runs/001')
+    assert page.evaluate('page.training.rows.length') == done
