@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['scale_list', 'window_side', 'usable_device', 'inference_options', 'open_model', 'run_recipe', 'run_value_range',
-           'open_data', 'open_groups', 'labels_of', 'same_classes', 'table_text', 'result', 'eval_parser', 'is_result',
-           'report', 'measure_stages', 'main']
+           'open_data', 'open_groups', 'labels_of', 'same_classes', 'table_text', 'result', 'grouping', 'group_of',
+           'sum_of', 'mean_dice', 'eval_parser', 'is_result', 'report', 'measure_stages', 'main']
 
 # %% ../nbs/61_evaluate.ipynb #7a5de9d5
-import argparse, json, math, time
+import argparse, json, math, re, time
 from pathlib import Path
 from .programs import program
 from .annotations import write_json
@@ -165,6 +165,37 @@ def result(
                 iou=named(cm.iou), accuracy=named(cm.recall), pixels=dict(zip(classes, cm.counts.sum(1).tolist())),
                 **({'groups': {k: plain(v) for k, v in cm.group_iou(groups).items()}} if groups else {}))
 
+# %% ../nbs/61_evaluate.ipynb #evalgroups1
+def grouping(s):
+    "A regular expression"
+    try: return re.compile(s)
+    except re.error as e: raise argparse.ArgumentTypeError(f"{s!r} is no regular expression: {e}") from None
+
+def group_of(
+    pattern,  # Compiled regular expression
+    ids,      # All of which it must fit
+):            # Function of an id: the text that the pattern finds in it
+    "What belongs together, by a part of the ids"
+    for i in ids:
+        if not pattern.search(i): raise ValueError(f"--dice_of {pattern.pattern}: nothing in the id {i} fits it")
+    return lambda i: pattern.search(i)[0]
+
+def sum_of(cms):
+    "The confusion matrix of all groups together"
+    from sasformer.metrics import ConfusionMatrix
+    cms = list(cms)
+    whole = ConfusionMatrix(cms[0].n_classes)
+    whole.counts = sum(cm.counts for cm in cms)
+    return whole
+
+def mean_dice(
+    cms,       # `ConfusionMatrix` of each group
+    classes,   # Names
+)->dict:       # Class → mean over the groups that have it; a class that none has is left out
+    "Dice coefficients by group, averaged"
+    values = [[v for cm in cms if not math.isnan(v := cm.dice[i].item())] for i in range(len(classes))]
+    return {c: sum(v)/len(v) for c, v in zip(classes, values) if v}
+
 # %% ../nbs/61_evaluate.ipynb #91c77f32
 def eval_parser():
     p = argparse.ArgumentParser(
@@ -180,6 +211,9 @@ def eval_parser():
     p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
     p.add_argument('--novel', default=None, metavar='CLASSES',
                    help="Novel classes, with commas between, for mIoU of base and novel ones (default: the run's)")
+    p.add_argument('--dice_of', type=grouping, default=None, metavar='PATTERN',
+                   help="Dice coefficients too, of groups of images: those belong together whose ids have the same "
+                        r"text at this regular expression: patient\d+_frame\d+ for a heart's slices, .* for each image")
     inference_options(p)
     p.add_argument('--stages', action='store_true',
                    help="Measure the label maps that AFA makes of the images' tags too, for a model that was trained "
@@ -197,7 +231,7 @@ def is_result(
     except (OSError, ValueError, RecursionError): return False
     return isinstance(found, dict) and {'model', 'split', 'miou'} <= set(found)
 
-def report(cm, src, o, machine, seconds, processes, stages=None, groups=()):
+def report(cm, src, o, machine, seconds, processes, stages=None, groups=(), parts=()):
     "Print the numbers and write them to `o.out`"
     from sasformer.machine import environment
     images, annotation = len(src.splits[o.split]), labels_of(o.model, src, o.split)
@@ -208,12 +242,16 @@ def report(cm, src, o, machine, seconds, processes, stages=None, groups=()):
           f"on {of} {images} images of {src.name} {o.split} in {seconds:.0f} s, {machine.precision}")
     if groups:
         print('mIoU of '+', '.join(f'{k} {100*v:.2f}' for k, v in dict(all=cm.miou, **cm.group_iou(groups)).items()))
+    dice = mean_dice(parts.values(), src.classes) if parts else {}
+    if dice:
+        print(f"Dice, mean of {len(parts)} groups: "+', '.join(f'{c} {100*v:.2f}' for c, v in dice.items()))
     for name, m in (stages or {}).items(): print(f"{name.replace('_', ', ')}, from tags: mIoU {100*m.miou:.2f}")
     if not o.out: return
     write_json(o.out, dict(
         model=str(o.model), data=src.name, split=o.split, images=images, labels=annotation, scales=list(o.scales),
         flip=o.flip, crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
         **result(cm, src.classes, groups),
+        **({'dice': dict(of=o.dice_of.pattern, groups=len(parts), mean=dice)} if dice else {}),
         **({'stages': {k: result(m, src.classes) for k, m in stages.items()}} if stages else {}),
         seconds=seconds, processes=processes, **environment()))
 
@@ -235,10 +273,11 @@ def main(args=None):
                               "nothing else")
     src = open_data(o.model, o.data, o.path)
     if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
+    group = None if o.dice_of is None else group_of(o.dice_of, src.splits[o.split])
     from sasformer.machine import is_first, start_processes, stop_processes, this_machine
     try:
         n, machine, first = start_processes(o.device), this_machine(o.device, o.precision), is_first()
-        from sasformer.inference import evaluate
+        from sasformer.inference import evaluate, evaluate_groups
         if o.stages:   # a model without AFA's heads is refused before anything is measured
             from sasformer.tag_labels import load_afa
             model, options = load_afa(o.model, machine.device)
@@ -248,10 +287,12 @@ def main(args=None):
         if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        cm = evaluate(model, src, o.split, o.scales, o.flip, progress=first, distributed=n > 1, crf=o.crf,
-                      window=o.window, dtype=machine.dtype, annotation=labels_of(o.model, src, o.split))
+        kw = dict(scales=o.scales, flip=o.flip, progress=first, distributed=n > 1, crf=o.crf, window=o.window,
+                  dtype=machine.dtype, annotation=labels_of(o.model, src, o.split))
+        parts = evaluate_groups(model, src, group, o.split, **kw) if group else {}
+        cm = sum_of(parts.values()) if parts else evaluate(model, src, o.split, **kw)
         stages = measure_stages(model, options, src, o) if first and o.stages else {}
-        if first: report(cm, src, o, machine, time.time()-start, n, stages, groups)
+        if first: report(cm, src, o, machine, time.time()-start, n, stages, groups, parts)
     finally: stop_processes()
 
 # %% ../nbs/61_evaluate.ipynb #f40b2da1
