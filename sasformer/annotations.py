@@ -108,8 +108,9 @@ def opened(
     name=None,        # What an error calls it; None: its path
 ):                    # Yields Pillow's image
     "Open an image file of one picture, or say what is wrong with it"
-    name = name or str(getattr(file, 'name', file))
-    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+    path = isinstance(file, (str, Path))
+    name = name or str(file if path else getattr(file, 'name', file))
+    if path and Path(file).exists() and not Path(file).is_file():
         raise error(f'{name}: is no file but a folder, a pipe or a device')
     try:
         with Image.open(file) as image:
@@ -178,7 +179,7 @@ def read_label_map(
     colours=None,            # (red, green, blue) → class id or 255: the picture's colours count, not its indices
 )->np.ndarray:               # Label map, (H, W) uint8
     "Read a mask, dense or sparse: every pixel a class id, 255 where nothing is labelled"
-    name = name or str(getattr(file, 'name', file))
+    name = name or str(file if isinstance(file, (str, Path)) else getattr(file, 'name', file))
     with opened(file, 'a mask', AnnotationError, name) as image:
         if image.format not in ('PNG', 'BMP', 'TIFF'):
             why = {'JPEG': 'its compression changes ids and colours'}.get(image.format, 'masks are PNG, BMP or TIFF')
