@@ -671,7 +671,7 @@ def folder(
     max_megapixels=None,# Millions of pixels of the largest image; None: Pillow's limit, 179
 )->Source:              # Without the images that nothing labels; it prints how many, and what else it does not read
     "A folder of images with masks"
-    allow_megapixels(None if max_megapixels is None else float(max_megapixels))
+    allow_megapixels(max_megapixels)
     path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), _range(value_range)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if kind != 'dense' and kind not in KINDS:

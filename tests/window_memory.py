@@ -11,7 +11,7 @@ from PIL import Image
 from sasformer.annotations import allow_megapixels, write_json
 from sasformer.inference import image_tensor, multi_scale_logits, predict_folder
 
-ROWS = (2000, 'whole'), (2000, 'bands'), (4000, 'whole'), (4000, 'bands'), (10_000, 'bands'), (10_000, 'bands, overlay')
+ROWS = (2000, 'whole'), (2000, 'bands'), (4000, 'whole'), (4000, 'bands'), (10_000, 'bands, overlay')
 
 def gigabytes(): return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/2**20, 2)   # kilobytes on Linux
 
@@ -39,6 +39,8 @@ def measure(side, how):
 if __name__ == '__main__':
     if len(sys.argv) > 2: print(json.dumps(measure(int(sys.argv[1]), sys.argv[2])))
     else:
-        command = lambda row: [sys.executable, __file__, *map(str, row)]
-        rows = [json.loads(subprocess.run(command(r), stdout=subprocess.PIPE, check=True).stdout) for r in ROWS]
-        write_json(sys.argv[1], dict(rows=rows, torch=torch.__version__, python=platform.python_version()))
+        rows = []
+        for row in ROWS:
+            command = [sys.executable, __file__, *map(str, row)]
+            rows.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
+            write_json(sys.argv[1], dict(rows=rows, torch=torch.__version__, python=platform.python_version()))
