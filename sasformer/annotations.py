@@ -10,7 +10,7 @@ __all__ = ['UNLABELLED', 'PADDING', 'VOC_CLASSES', 'SCRIBBLE_TAGS', 'AnnotationE
            'LabelStatistics', 'label_statistics', 'TagStatistics', 'tag_statistics']
 
 # %% ../nbs/00_annotations.ipynb #3a9bbc1b
-import codecs, contextlib, hashlib, inspect, json, math, os, re, unicodedata, warnings, zipfile, zlib
+import codecs, contextlib, functools, hashlib, inspect, json, math, os, re, unicodedata, warnings, zipfile, zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -77,8 +77,10 @@ def allow_megapixels(
     "Open images of up to so many pixels (a small file may claim any size): Pillow stops at 179 million"
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)   # at half of it
     if n is None: return
-    if not 0 < n < 1e6: raise AnnotationError(f'max_megapixels={n}: expected millions of pixels, such as 400')
-    Image.MAX_IMAGE_PIXELS = round(n*1e6/2)   # twice as many are an error
+    try: limit = float(n)*1e6
+    except ValueError: limit = math.nan
+    if not 0 < limit < 1e12: raise AnnotationError(f'max_megapixels={n}: expected millions of pixels, such as 400')
+    Image.MAX_IMAGE_PIXELS = round(limit/2)   # twice as many are an error
 
 def _pictures(image):
     "Pages or frames of an image file, smaller copies not counted"
@@ -108,8 +110,9 @@ def opened(
     name=None,        # What an error calls it; None: its path
 ):                    # Yields Pillow's image
     "Open an image file of one picture, or say what is wrong with it"
-    name = name or str(getattr(file, 'name', file))
-    if isinstance(file, (str, Path)) and Path(file).exists() and not Path(file).is_file():
+    path = isinstance(file, (str, Path))
+    name = name or str(file if path else getattr(file, 'name', file))
+    if path and Path(file).exists() and not Path(file).is_file():
         raise error(f'{name}: is no file but a folder, a pipe or a device')
     try:
         with Image.open(file) as image:
@@ -135,12 +138,17 @@ def _hex(rgb): return '{:02x}{:02x}{:02x}'.format(*map(int, rgb))
 
 def _packed(rgb): return np.asarray(rgb)[..., :3].astype(np.int64) @ np.array([65536, 256, 1])
 
+@functools.lru_cache(1)
+def _colour_table(pairs):
+    "Id of each of the 16 million colours, -1 for those that are not in the map"
+    table = np.full(1 << 24, -1, np.int16)
+    for rgb, id in pairs: table[_packed(rgb)] = id
+    return table
+
 def _colour_ids(image, colours):
     "Class ids of a picture by its colours, whatever its mode"
     rgba = np.asarray(image.convert('RGBA'))
-    table = np.full(1 << 24, -1, np.int16)
-    table[_packed(list(colours))] = list(colours.values())
-    ids = np.where(rgba[..., 3] == 0, UNLABELLED, table[_packed(rgba)])
+    ids = np.where(rgba[..., 3] == 0, UNLABELLED, _colour_table(tuple(colours.items()))[_packed(rgba)])
     if (ids < 0).any():
         y, x = np.argwhere(ids < 0)[0]
         found, known = _hex(rgba[y, x]), ', '.join(map(_hex, list(colours)[:30]))
@@ -178,7 +186,7 @@ def read_label_map(
     colours=None,            # (red, green, blue) → class id or 255: the picture's colours count, not its indices
 )->np.ndarray:               # Label map, (H, W) uint8
     "Read a mask, dense or sparse: every pixel a class id, 255 where nothing is labelled"
-    name = name or str(getattr(file, 'name', file))
+    name = name or str(file if isinstance(file, (str, Path)) else getattr(file, 'name', file))
     with opened(file, 'a mask', AnnotationError, name) as image:
         if image.format not in ('PNG', 'BMP', 'TIFF'):
             why = {'JPEG': 'its compression changes ids and colours'}.get(image.format, 'masks are PNG, BMP or TIFF')

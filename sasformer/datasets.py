@@ -388,7 +388,7 @@ def write_tags(
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
         csv.writer(f, lineterminator='\n').writerows([('image', 'tags'), *rows])
 
-# %% ../nbs/01_datasets.ipynb #judge001
+# %% ../nbs/01_datasets.ipynb #range001
 @patch
 def _range_note(self:Source, n=20):
     "What to say where 16-bit images use little of their range, judged by the first `n`"
@@ -403,6 +403,7 @@ def _range_note(self:Source, n=20):
     return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: give the "
             f"values that are black and white, as in --data folder:value_range={low}+{top}"]
 
+# %% ../nbs/01_datasets.ipynb #judge001
 @patch
 def judge(self:Source,
     spec:str='scribble',  # Annotation that is to be trained from
@@ -421,8 +422,9 @@ def judge(self:Source,
         n = f"the {len(ids)} training images"
         if not there: raise AnnotationError(f"{self.name}: not one pixel of {n} is labelled ({spec})")
         if len(there) == 1 and len(self.classes) > 1:
+            void = kind in ('dense', 'best') and counts[UNLABELLED] and not self.colours
             also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name "
-                    "its id, as in --data folder:values=255:1" if kind == 'dense' and counts[UNLABELLED] else '')
+                    "its id, as in --data folder:values=255:1" if void else '')
             raise AnnotationError(f"{self.name}: {self.classes[there[0]]!r} is the only class in the labels of {n} "
                                   f"({spec}){also}")
         novel = set(self.groups(spec).get('novel', ()))
@@ -669,7 +671,7 @@ def folder(
     max_megapixels=None,# Millions of pixels of the largest image; None: Pillow's limit, 179
 )->Source:              # Without the images that nothing labels; it prints how many, and what else it does not read
     "A folder of images with masks"
-    allow_megapixels(None if max_megapixels is None else float(max_megapixels))
+    allow_megapixels(max_megapixels)
     path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), _range(value_range)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if kind != 'dense' and kind not in KINDS:
@@ -701,7 +703,7 @@ def _labels(path, sub, kw, parts, notes):
     found, dirs = {}, {s: d for s, d in _split_dirs(path, sub).items() if s in (parts if '' not in parts else _SPLITS)}
     for d in dirs.values() or [path/sub]: found.update(_listing(d, 'masks', **kw))
     over = [f for k, f in found.items() if k not in files and f not in files.values()]
-    if over: notes.append(f"{len(over)} label files in {sub} have no image and are left out, such as {over[0]}")
+    if over: notes.append(f"label files in {sub} without an image, left out: {len(over)}, such as {over[0]}")
     return {k: f for k, f in found.items() if k in files}
 
 def _unread(path, images, parts, masks):
@@ -710,10 +712,10 @@ def _unread(path, images, parts, masks):
     known = *IMAGE_SUFFIXES, '.txt', '.csv', '.json', '.xml'
     other = [f for d in sorted(dirs) for f in sorted(d.iterdir())
              if f.is_file() and not f.name.startswith('.') and f.suffix.lower() not in known]
-    if other: notes.append(f"{len(other)} files are no images by their endings and are left out, such as {other[0]}")
+    if other: notes.append(f"no images by their endings, left out: {len(other)} files, such as {other[0]}")
     for d in sorted(o for o in path.iterdir() if o.is_dir() and o.name not in (*KINDS, images, masks)):
         close = difflib.get_close_matches(d.name.lower(), (*KINDS, 'masks'), 1, .8)
-        if close and close[0] != masks: notes.append(f"{d} is not read: is {close[0]}/ meant?")
+        if close and close[0] not in (masks, d.name): notes.append(f"{d} is not read: is {close[0]}/ meant?")
     return notes
 
 def _with_splits(src, parts, val, seed, tags, notes):

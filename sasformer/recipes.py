@@ -25,7 +25,8 @@ class Recipe:
     # constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1,zero_is_unlabelled=true
     data:str = 'scenes'
     path:str|None = None             # Folder of the data set; scenes need none
-    # Training labels: dense, point, scribble, tag, block10, block20, block50; as in 'scribble:length=0.5,drop=0.2'
+    # Training labels: dense, point, scribble, tag, block10, block20, block50, or best (of each image the label that
+    # says most); as in 'scribble:length=0.5,drop=0.2'
     annotation:str = 'scribble'
     tags_of:str = 'image'            # What tags name: classes of the whole image, or of each crop's hidden mask (crop)
     model:str = 'segformer_mit_b0'   # Segmenter: <decoder>_<timm backbone>
