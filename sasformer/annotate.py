@@ -84,7 +84,7 @@ def draw_stroke(
     drawn = draw_lines([(0, stroke.points-(x0, y0))], (y1-y0, x1-x0), stroke.width, 'crop')
     return (slice(y0, y1), slice(x0, x1)), drawn == 0
 
-# %% ../nbs/70_annotate.ipynb #fb4cfec4
+# %% ../nbs/70_annotate.ipynb #2f50b599
 # colours that stand out on photographs and from each other; after them the VOC devkit's
 COLOURS = [(230, 25, 75), (60, 180, 75), (0, 130, 255), (255, 225, 25), (245, 130, 48), (145, 30, 220), (70, 240, 240),
            (240, 50, 230), (170, 255, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40), (128, 0, 0), (0, 0, 128),
@@ -95,6 +95,11 @@ def palette_of(
 )->np.ndarray:    # (n, 3) uint8
     "Colours of the classes on the page and in the files that it writes"
     return np.concatenate([np.array(COLOURS, np.uint8), voc_palette()])[:n]
+
+def _photographs(images):
+    "Split → {id: file}; of a folder without train/ and val/ the splits say nothing"
+    files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
+    return {'': {files[0].stem: files[0]}} if len(files) == 1 else _folder_splits(images, .5, 0)
 
 def set_folder(
     photos:Path,    # A folder of photographs, or a set with images/
@@ -111,8 +116,7 @@ def set_folder(
     if images.exists():
         if images.resolve() == photos.resolve(): return root
         raise FileExistsError(f"{images} is there already, and is not {photos}; --out names another folder")
-    if not any(f.suffix.lower() in IMAGE_SUFFIXES for f in photos.rglob('*')):
-        raise LayoutError(f"{photos}: holds no photographs ({', '.join(IMAGE_SUFFIXES)})")
+    _photographs(photos)   # nothing is made for a folder without any
     root.mkdir(parents=True, exist_ok=True)
     try: images.symlink_to(photos.resolve(), target_is_directory=True)
     except OSError as e:
@@ -178,7 +182,7 @@ def _stamp(file):
     except FileNotFoundError: return None
     return s.st_mtime_ns, s.st_size, s.st_ino
 
-# %% ../nbs/70_annotate.ipynb #4761cff5
+# %% ../nbs/70_annotate.ipynb #466d4c98
 class LabelSet:
     "Photographs, classes and sparse label maps of one folder"
     def __init__(self,
@@ -187,8 +191,7 @@ class LabelSet:
     ):
         self.root, self.classes, self.palette = Path(root), list(classes), palette_of(len(classes))
         self.name, images, labels = self.root.resolve().name, self.root/'images', self.root/'scribble'
-        files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
-        parts = {'': {f.stem: f for f in files}} if len(files) == 1 else _folder_splits(images, .5, 0)
+        parts = _photographs(images)
         flat = not any((images/s).is_dir() for s in parts) or labels.is_dir() and not any(
             (labels/s).is_dir() for s in parts)
         found = {id: (f, labels/('' if flat else s)/f'{id}.png') for s, p in parts.items() for id, f in p.items()}
@@ -286,12 +289,14 @@ class BandedPNG:
 def _chunk(kind, data):
     return struct.pack('>I', len(data))+kind+data+struct.pack('>I', zlib.crc32(kind+data))
 
-# %% ../nbs/70_annotate.ipynb #668bd54a
+# %% ../nbs/70_annotate.ipynb #7ac6000e
 @patch
 def _save(self:LabelSet, id, m, rows):
     "Write a label map of which these rows have changed; without a label in it there is no file"
     file = self.files[id]
-    if m.counts[UNLABELLED] == m.labels.size: file.unlink(missing_ok=True)   # undo brings its labels back
+    if m.counts[UNLABELLED] == m.labels.size:
+        m.png = None
+        file.unlink(missing_ok=True)   # undo brings its labels back
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
         if m.png is None: m.png = BandedPNG(m.labels, self.palette)
@@ -362,18 +367,21 @@ def accept(self:LabelSet,
         return (slice(None), slice(None)), part, lambda step: self._done(m, step)
     return self._change(id, version, change)
 
-# %% ../nbs/70_annotate.ipynb #973ceae4
+# %% ../nbs/70_annotate.ipynb #c5d2cdad
 @patch
 def scan(self:LabelSet):
     "Count the labels of the photographs that nobody has opened yet"
     for id in self.ids:
-        with self.lock:
+        if id in self.counts: continue
+        try: labels = read_label_map(self.files[id], len(self.classes), self.shape(id))
+        except FileNotFoundError: labels = None
+        except (OSError, ValueError) as e:
+            self.problems[id] = one_line(e)
+            continue
+        with self.lock:   # somebody may have opened it in the meantime
             if id in self.counts: continue
-            if not self.files[id].exists(): self.counts[id] = [0]*len(self.classes), None
-            else:
-                try: m = OpenMap(read_label_map(self.files[id], len(self.classes), self.shape(id)), None, '')
-                except (OSError, ValueError) as e: self.problems[id] = one_line(e)
-                else: self._count(id, m)
+            if labels is None: self.counts[id] = [0]*len(self.classes), None
+            else: self._count(id, OpenMap(labels, None, ''))
 
 # %% ../nbs/70_annotate.ipynb #ac2c18fc
 def photo_part(
@@ -451,13 +459,15 @@ def training_split(
         if sum(id in held for id in labelled) == wanted: return f'folder:seed={seed}', len(labelled)-wanted
     raise AnnotationError(f"{images}: {len(labelled)} labelled photographs leave none for validation")
 
-# %% ../nbs/70_annotate.ipynb #3c6d56e5
+# %% ../nbs/70_annotate.ipynb #62f3be1e
 class Training:
     "The runs of a set: one process at a time"
     def __init__(self,
         maps:LabelSet,
         options=(),    # More options of `sasformer_train`, such as --model or --weights
-    ): self.maps, self.options, self.process, self.stopped = maps, list(options), None, False
+    ):
+        self.maps, self.options, self.process, self.stopped = maps, list(options), None, False
+        self.lock = threading.Lock()
 
     def run(self):
         "Folder of the newest run; None: there is none"
@@ -469,7 +479,8 @@ class Training:
     def arguments(self, method, steps, out):
         "Of `sasformer_train`; an epoch over few photographs is short, so the length is given in steps"
         maps = self.maps
-        labelled = [id for id, (counts, _) in maps.counts.items() if sum(counts)]
+        maps.scan()
+        labelled = [id for id in maps.ids if id in maps.counts and sum(maps.counts[id][0])]
         if len(labelled) < 2: raise AnnotationError(f"{len(labelled)} labelled photographs: label at least 2 to train")
         sides = sorted(max(maps.shape(id)) for id in labelled)
         scale = min(1., LONG_SIDE/sides[len(sides)//2])
@@ -496,7 +507,7 @@ def train_recipe(
     if fixed: wrong(f"--{fixed[0]} is for the page to choose")
     return recipe('folder', **{k: v for k, v in given.items() if k in Recipe.__dataclass_fields__})
 
-# %% ../nbs/70_annotate.ipynb #e132450c
+# %% ../nbs/70_annotate.ipynb #adc830b6
 @patch
 def start(self:Training,
     method:str='sasformer',  # One of `METHODS`
@@ -504,27 +515,36 @@ def start(self:Training,
     new:bool=False,          # A new run, although the last one could go on?
 ):
     "Start a run, or go on with the one that was stopped"
-    if self.running: raise AnnotationError("a training is running already")
     if method not in METHODS: raise AnnotationError(f"method is {method!r:.40}, expected one of {', '.join(METHODS)}")
     if type(steps) is not int or not 1 <= steps <= 1_000_000:
         raise AnnotationError(f"steps is {steps!r:.40}, expected 1 to 1000000")
-    run = self.run()
-    goes_on = run is not None and not new and not (run/'result.json').exists() and (run/'arguments.json').exists()
-    if goes_on: args = json.loads((run/'arguments.json').read_text(encoding='utf-8'))+['--resume', '--allow_changes']
-    else:
-        run = self.maps.root/'runs'/f'{1+int(run.name) if run else 1:03}'
-        args = self.arguments(method, steps, run)
-        run.mkdir(parents=True)
-        write_json(run/'arguments.json', args)
+    with self.lock:
+        if self.running: raise AnnotationError("a training is running already")
+        run = self.run()
+        if not new and self.goes_on(run):
+            args = json.loads((run/'arguments.json').read_text(encoding='utf-8'))+['--resume', '--allow_changes']
+        else:
+            run = self.maps.root/'runs'/f'{1+int(run.name) if run else 1:03}'
+            args = self.arguments(method, steps, run)
+            run.mkdir(parents=True)
+            write_json(run/'arguments.json', args)
+        self.process, self.stopped = self._process(run, args), False
+
+@patch
+def goes_on(self:Training, run)->bool:
+    "Was this run stopped after an epoch, and before its last?"
+    return run is not None and (run/'state.pt').exists() and not (run/'result.json').exists()
+
+@patch
+def _process(self:Training, run, args):
     env = dict(os.environ, PYTHONIOENCODING='utf-8')
     here = str(Path(sasformer.__file__).parents[1])
     env['PYTHONPATH'] = os.pathsep.join(filter(None, (here, env.get('PYTHONPATH'))))
     with open(run/'output.txt', 'w', encoding='utf-8') as log:
-        self.process = subprocess.Popen([sys.executable, '-m', 'sasformer.train', *args], stdout=log,
-                                        stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
-    self.stopped = False
+        return subprocess.Popen([sys.executable, '-m', 'sasformer.train', *args], stdout=log,
+                                stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env)
 
-# %% ../nbs/70_annotate.ipynb #707fb25a
+# %% ../nbs/70_annotate.ipynb #63ed476e
 @patch
 def stop(self:Training,
     wait:float=20.,  # Seconds, then it is killed; what is saved is whole either way
@@ -560,7 +580,7 @@ def state(self:Training)->dict:
     said = lines[-1].strip()[:300] if lines else ''
     left = re.search(r'(\S+) left$', said)
     return dict(status=status, run=run.name, progress=max(progress, len(rows)/epochs), rows=rows, epochs=epochs,
-                method=given['--method'], said=said, left=left[1] if left else None)
+                method=given['--method'], goes_on=self.goes_on(run), said=said, left=left[1] if left else None)
 
 # %% ../nbs/70_annotate.ipynb #5e2b0b1c
 class Predictor:

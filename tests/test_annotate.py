@@ -156,6 +156,15 @@ def test_a_full_disk_loses_nothing(client, maps, monkeypatch):
     assert stroke(client, cls=2).status_code == 200, 'the same stroke, later'
 
 
+def test_nothing_of_what_was_undone_comes_back(client, maps):
+    "Though the file is packed in parts, and there is none in between"
+    state = stroke(client, points=[[20, 20]]).json()
+    assert client.post('/api/photos/0/undo', json=dict(version=state['version'])).status_code == 200
+    assert not maps.files[maps.ids[0]].exists()
+    stroke(client, points=[[20, 100]])
+    assert (read_label_map(maps.files[maps.ids[0]]) == draw_lines([(1, [[20, 100]])], (120, 160), 5)).all()
+
+
 def test_names_with_quotes_and_unicode(tmp_path):
     photos = tmp_path/"l'été “à” #1 %2e"
     photos.mkdir()

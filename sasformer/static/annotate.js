@@ -534,7 +534,7 @@ class Page {
     this.polled = setTimeout(() => this.poll(), document.hidden ? 10000 : 2000)
   }
   showTraining(state) {
-    const running = state.status === 'running', stopped = ['stopped', 'failed'].includes(state.status)
+    const running = state.status === 'running', stopped = state.goes_on && !running
     this.training = state
     $('train').textContent = running ? 'Stop' : stopped ? 'Go on' : 'Train'
     $('new-run').hidden = !stopped
