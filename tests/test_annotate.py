@@ -48,7 +48,7 @@ def client(maps): return opened(maps)
 
 
 def stroke(client, n=0, **change):
-    version = client.get(f'/api/photos/{n}').json()['version']
+    version = client.get(f'/api/photos/{n}/photo').json()['version']
     sent = dict(tool='brush', cls=1, width=5, points=[[10, 10], [60, 50]], version=version)
     return client.post(f'/api/photos/{n}/strokes', json={**sent, **change})
 
@@ -77,7 +77,7 @@ def test_no_path_leads_out(client, place):
         assert 'root:' not in answer.text and 'import ' not in answer.text
 
 
-ROUTES = ['/', '/annotate.js', '/api/set', '/api/train', '/api/photos/0', '/api/photos/0/image', '/nothing']
+ROUTES = ['/', '/annotate.js', '/api/set', '/api/train', '/api/photos/0/photo', '/api/photos/0/image', '/nothing']
 
 @pytest.mark.parametrize('change,words', [
     (dict(token='wrong'), 'token'), (dict(token='wr\u00f6ng'), 'token'), (dict(token=''), 'token'),
@@ -145,15 +145,24 @@ def test_training_before_there_are_labels(client):
 def test_a_full_disk_loses_nothing(client, maps, monkeypatch):
     for cls in (0, 1): stroke(client, cls=cls)
     file = maps.files[maps.ids[0]]
-    before, photo = file.read_bytes(), client.get('/api/photos/0').json()
+    before, photo = file.read_bytes(), client.get('/api/photos/0/photo').json()
     def full(*args, **kwargs): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
     with monkeypatch.context() as m:
         m.setattr(os, 'replace', full)
         for answer in (stroke(client, cls=2), client.post('/api/photos/0/undo', json=dict(version=photo['version']))):
             assert answer.status_code == 507 and 'No space left' in answer.json()['error']
-    assert file.read_bytes() == before and client.get('/api/photos/0').json() == photo
+    assert file.read_bytes() == before and client.get('/api/photos/0/photo').json() == photo
     assert [f.name for f in file.parent.iterdir()] == [file.name], 'no half a file is left'
     assert stroke(client, cls=2).status_code == 200, 'the same stroke, later'
+
+
+def test_nothing_of_what_was_undone_comes_back(client, maps):
+    "Though the file is packed in parts, and there is none in between"
+    state = stroke(client, points=[[20, 20]]).json()
+    assert client.post('/api/photos/0/undo', json=dict(version=state['version'])).status_code == 200
+    assert not maps.files[maps.ids[0]].exists()
+    stroke(client, points=[[20, 100]])
+    assert (read_label_map(maps.files[maps.ids[0]]) == draw_lines([(1, [[20, 100]])], (120, 160), 5)).all()
 
 
 def test_names_with_quotes_and_unicode(tmp_path):
@@ -195,7 +204,7 @@ def test_a_set_with_splits_and_labels_of_somebody_else(tmp_path):
     assert maps.counts['train0'] == ([0, 80], 1200) and 'id 2' in maps.problems['train1']
     client = opened(maps)
     for n in (0, 2, 3): assert stroke(client, n, cls=0, points=[[20, 20]]).status_code == 200
-    assert client.get('/api/photos/1').status_code == 422
+    assert client.get('/api/photos/1/photo').status_code == 422
     there[draw_lines([(0, [[20, 20]])], (30, 40), 5) == 0] = 0
     assert (read_label_map(tmp_path/'scribble/train/train0.png') == there).all()
     assert set(read_label_map(tmp_path/'scribble/train/train1.png').ravel()) == {2, 4}
@@ -211,7 +220,7 @@ def test_a_killed_server_loses_at_most_the_last_stroke(photographs, tmp_path):
     rng, sent, done = np.random.default_rng(0), [], 0
     with httpx.Client(base_url=link.partition('/?')[0], follow_redirects=True) as client:
         client.get(link)
-        version = client.get('/api/photos/0').json()['version']
+        version = client.get('/api/photos/0/photo').json()['version']
         threading.Timer(.7, process.kill).start()
         try:
             while True:
@@ -446,3 +455,38 @@ def test_training_seen_stopped_and_gone_on_with(screen):
     run, *options = screen.training.process.args[-3:]
     assert options == ['--resume', '--allow_changes'] and run.endswith('runs/001')
     assert page.evaluate('page.training.rows.length') == done
+
+
+def test_the_canvas_in_a_notebook(browser, maps):
+    "The widget's JavaScript in Chromium, its kernel's side here: what is drawn is at once in the kernel and on disk"
+    import base64
+    pytest.importorskip('anywidget', reason="anywidget is not here: the canvas of notebooks is not tested")
+    widget = annotate.annotate(maps.root, height=300)
+    page = browser.new_page()
+    page.expose_function('toKernel', lambda content: (lambda data, sent: [
+        data, [base64.b64encode(b).decode() for b in sent]])(*annotate.answer_message(widget.pages, content)))
+    page.goto('about:blank')
+    page.evaluate("""async code => {
+        const {default: {render}} = await import(URL.createObjectURL(new Blob([code], {type: 'text/javascript'})))
+        let heard
+        const model = {get: () => 300, on: (_, f) => heard = f, send: async content => {
+            const [data, sent] = await toKernel(content)
+            heard(data, sent.map(b => Uint8Array.from(atob(b), c => c.charCodeAt(0))))
+        }}
+        document.body.append(document.createElement('div'))
+        render({model, el: document.body.firstChild})
+    }""", widget._esm)
+    page.add_style_tag(content=widget._css)
+    page.wait_for_selector('[data-ready="0"]')
+    page.get_by_text('ring').click()
+    box = page.locator('.stage').bounding_box()
+    page.mouse.move(box['x']+box['width']/2-30, box['y']+100)
+    page.mouse.down()
+    page.mouse.move(box['x']+box['width']/2+30, box['y']+150, steps=4)
+    page.mouse.up()
+    page.get_by_text('Saved').wait_for()
+    labels = widget.label_map(maps.ids[0])
+    assert set(labels.ravel()) == {2, UNLABELLED} and (labels == read_label_map(maps.files[maps.ids[0]])).all()
+    page.get_by_text('▶').click()
+    page.wait_for_selector('[data-ready="1"]')
+    page.close()

@@ -306,9 +306,20 @@ async function ask(path, body) {
 }
 const askJson = async (path, body) => (await ask(path, body)).json()
 
+// Where a stage has its pictures from: of photograph and labels there are fine ones of a part
+const pictures = (ask, number) => ({
+  parts: ['photo', 'labels'],
+  async picture(name, box, size) {
+    const path = `/api/photos/${number()}/${name === 'photo' ? 'image' : name}`
+    const answer = await ask(this.parts.includes(name) ? `${path}?box=${box}&size=${size}` : path)
+    return createImageBitmap(await answer.blob())
+  }})
+
 // Sends steps one after the other; where one is refused, it waits with those behind it until somebody says what to do
 class Saver {
-  constructor({onState, onTrouble, onIdle}) { Object.assign(this, {onState, onTrouble, onIdle}); this.queue = []; this.stuck = null }
+  constructor({askJson, onState, onTrouble, onIdle}) {
+    Object.assign(this, {askJson, onState, onTrouble, onIdle, queue: [], stuck: null})
+  }
   add(path, body = {}) { this.queue.push({path, body}); this.run() }
   async run() {
     if (this.busy || this.stuck) return
@@ -317,7 +328,7 @@ class Saver {
       const {path, body} = this.queue[0]
       this.onState('Saving …')
       try {
-        this.state = {...this.state, ...await askJson(this.base+path, {...body, version: this.state.version})}
+        this.state = {...this.state, ...await this.askJson(this.base+path, {...body, version: this.state.version})}
         this.queue.shift()
         this.onState('Saved')
       } catch (e) { this.stuck = e; this.onState('Not saved'); this.onTrouble(e) }
@@ -327,14 +338,14 @@ class Saver {
   }
   async again() {
     const stuck = this.stuck
-    try { if (stuck.status === 409) this.state = await askJson(this.base) } catch (e) { return this.onTrouble(e) }
+    try { if (stuck.status === 409) this.state = await this.askJson(this.base+'/photo') } catch (e) { return this.onTrouble(e) }
     this.stuck = null
     await this.run()
   }
   async drop() {
     this.queue = []
     this.stuck = null
-    this.state = await askJson(this.base)
+    this.state = await this.askJson(this.base+'/photo')
     this.onState('Saved')
     this.onIdle()
   }
@@ -354,17 +365,11 @@ function make(tag, props = {}, ...children) {
 class Page {
   async start() {
     this.set = await askJson('/api/set')
-    const {set} = this, source = {
-      parts: ['photo', 'labels'],   // of which the server has fine pictures of a part
-      picture: async (name, box, size) => {
-        const path = `/api/photos/${this.n}/${name === 'photo' ? 'image' : name}`
-        const answer = await ask(this.stage.source.parts.includes(name) ? `${path}?box=${box}&size=${size}` : path)
-        return createImageBitmap(await answer.blob())
-      }}
+    const {set} = this, source = pictures(ask, () => this.n)
     this.stage = new Stage($('stage'), source, {limits: set.limits, onStroke: s => this.saver.add('/strokes', s),
       onView: () => $('zoom-fit').textContent = this.stage.fitted ? 'Fit' : `${Math.round(100*this.stage.view.scale)} %`})
     this.stage.palette = set.palette
-    this.saver = new Saver({onState: text => this.saved(text), onTrouble: e => this.trouble(e.message, true),
+    this.saver = new Saver({askJson, onState: text => this.saved(text), onTrouble: e => this.trouble(e.message, true),
       onIdle: () => this.stage.refreshLabels().catch(e => this.trouble(e.message))})
     this.makeList(); this.makeTools(); this.makeClasses(); this.wire()
     const wanted = set.photos.findIndex(p => p.name === decodeURIComponent(location.hash.slice(1)))
@@ -414,7 +419,7 @@ class Page {
     this.saver.base = `/api/photos/${n}`
     this.stage.photo = null
     try {
-      const photo = await askJson(this.saver.base)
+      const photo = await askJson(this.saver.base+'/photo')
       if (this.n !== n) return
       this.saver.state = photo
       this.saved('')
@@ -529,7 +534,7 @@ class Page {
     this.polled = setTimeout(() => this.poll(), document.hidden ? 10000 : 2000)
   }
   showTraining(state) {
-    const running = state.status === 'running', stopped = ['stopped', 'failed'].includes(state.status)
+    const running = state.status === 'running', stopped = state.goes_on && !running
     this.training = state
     $('train').textContent = running ? 'Stop' : stopped ? 'Go on' : 'Train'
     $('new-run').hidden = !stopped
@@ -627,6 +632,70 @@ class Page {
     e.preventDefault()
   }
 }
+
+/* ---- In a notebook: the canvas as an anywidget ------------------------------------------------------------------ */
+
+// Messages to the kernel in place of requests to the server, with answers of the same form
+function askKernel(model) {
+  const waiting = new Map()
+  let last = 0
+  model.on('msg:custom', (answer, buffers) => {
+    const done = waiting.get(answer.id)
+    waiting.delete(answer.id)
+    done?.(answer, buffers)
+  })
+  return (path, body) => new Promise((resolve, reject) => {
+    const id = ++last
+    waiting.set(id, ({status, data, type}, buffers) => {
+      if (status !== 200) return reject(new Refused(data.error, status))
+      resolve({json: async () => data, blob: async () => new Blob(buffers, {type})})
+    })
+    model.send({id, path, body})
+  })
+}
+
+async function renderWidget({model, el}) {
+  const ask = askKernel(model), askJson = async (path, body) => (await ask(path, body)).json()
+  const set = await askJson('/api/set'), stageBox = make('div'), said = make('span'), trouble = make('div', {className: 'trouble'})
+  trouble.setAttribute('role', 'alert')
+  stageBox.style.height = `${model.get('height')}px`
+  let n = 0
+  const saver = new Saver({askJson, onState: text => said.textContent = text, onIdle: () => stage.refreshLabels(),
+    onTrouble: e => trouble.replaceChildren(`${e.message} `, make('button', {textContent: 'Try again', onclick: () => { trouble.replaceChildren(); saver.again() }}),
+      make('button', {textContent: 'Drop it', onclick: () => { trouble.replaceChildren(); stage.pending = []; saver.drop() }}))})
+  const stage = new Stage(stageBox, pictures(ask, () => n), {limits: set.limits, onStroke: s => saver.add('/strokes', s)})
+  stage.palette = set.palette
+  const open = async to => {
+    if (saver.busy || saver.stuck || !set.photos[to]) return
+    n = to
+    choice.value = n
+    saver.base = `/api/photos/${n}`
+    saver.state = await askJson(saver.base+'/photo')
+    await stage.show(saver.state)
+    el.dataset.ready = n
+  }
+  const button = (text, onclick) => make('button', {textContent: text, onclick})
+  const toggles = (names, chosen, choose) => names.map((name, k) => {
+    const b = button(name, () => { for (const o of b.parentNode.children) if (o.toggle === b.toggle) o.setAttribute('aria-pressed', o === b); choose(k) })
+    b.toggle = choose
+    b.setAttribute('aria-pressed', k === chosen)
+    return b
+  })
+  const choice = make('select', {onchange: () => open(+choice.value)}, ...set.photos.map((p, k) => make('option', {value: k, textContent: p.name})))
+  choice.ariaLabel = 'Photograph'
+  const size = make('input', {type: 'range', min: 1, max: 101, step: 2, value: stage.width, oninput: () => { stage.width = +size.value; stage.drawCursor() }})
+  size.ariaLabel = 'Size'
+  const classes = toggles(set.classes, 0, k => stage.cls = k)
+  classes.forEach((b, k) => { const s = make('span', {className: 'swatch'}); s.style.background = colour(set.palette[k]); b.prepend(s) })
+  el.classList.add('sasformer-annotate')
+  el.append(make('div', {className: 'bar'}, button('◀', () => open(n-1)), choice, button('▶', () => open(n+1)),
+    ...toggles(Object.keys(TOOLS), 0, k => stage.tool = Object.keys(TOOLS)[k]), size,
+    button('Undo', () => saver.add('/undo')), button('Redo', () => saver.add('/redo')), button('Fit', () => stage.fit()), said),
+  make('div', {className: 'bar'}, ...classes), trouble, stageBox)
+  await open(0)
+}
+
+export default {render: ({model, el}) => { renderWidget({model, el}).catch(e => el.append(e.message)) }}
 
 if (document.getElementById('stage') && document.getElementById('class-buttons')) {
   const page = globalThis.page = new Page()
