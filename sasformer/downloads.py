@@ -12,7 +12,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from fastcore.script import Param, call_parse
-from .benchmarks import SOURCES, get_source
+from .benchmarks import BUILT_IN, SOURCES, get_source
 
 # %% ../nbs/04_downloads.ipynb #4b872c87
 class DownloadError(OSError): "A download or an archive that failed, with what is left of it"
@@ -219,7 +219,7 @@ def _show_progress(done, size):
 
 def _listed(name):
     "One line on a data set: what can be fetched, of what size, under which terms"
-    if name == 'scenes': return f"{name:<11}made here in seconds"
+    if name in BUILT_IN: return f"{name:<11}made here in seconds"
     if name not in DOWNLOADS: return f"{name:<11}by hand: see data/README.md"
     a = DOWNLOADS[name]
     size = f"{a.bytes/1e9:.1f} GB" if a.bytes else 'size unknown'
@@ -237,17 +237,17 @@ def download_cli(
 ):
     "Data sets: list, download (resumed and verified) or check them"
     if action == 'list':
-        elsewhere = (k for k in SOURCES if k not in ('scenes', 'folder', *DOWNLOADS))
-        return print('\n'.join(map(_listed, ['scenes', *DOWNLOADS, *elsewhere])))
+        elsewhere = (k for k in SOURCES if k not in (*BUILT_IN, 'folder', *DOWNLOADS))
+        return print('\n'.join(map(_listed, [*BUILT_IN, *DOWNLOADS, *elsewhere])))
     if name is None or path is None:
         sys.exit(f"sasformer_data {action}: name a data set and its folder, as in: "
                  f"sasformer_data {action} camvid --path data/camvid")
     try:
-        if action == 'check' or name == 'scenes':
+        if action == 'check' or name in BUILT_IN:
             src = get_source(name, path).check(read=read)
             return print(f'{src} - all there', *(src.remarks() if read else ()), sep='\n')
         if name not in DOWNLOADS:
-            sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join(DOWNLOADS)}, scenes); "
+            sys.exit(f"sasformer_data: {name} is not to be had here (there are {', '.join((*DOWNLOADS, *BUILT_IN))}); "
                      "data/README.md says where to get it")
         a = DOWNLOADS[name]
         archive = Path(path)/a.url.rpartition('/')[2]

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import noop
 from .annotations import replacing, write_json
+from .benchmarks import BUILT_IN
 from .methods import METHODS, convert, flat_settings
 from .programs import lock_file, program
 from .recipes import PRECISIONS, Recipe, RECIPES, recipe
@@ -224,6 +225,11 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
 
 # %% ../nbs/65_paper.ipynb #acdctable
+TABLES['phantoms'] = Table('Built-in hearts, from scratch, scribbles', {
+    'baseline': _baseline,
+    'sasformer': _sasformer,
+    'tel': _tel,
+    'sasformer+tel': _both}, 3, base=dict(recipe='phantoms'), folder='phantoms')
 TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
     'baseline': _baseline,
     'sasformer': _sasformer,
@@ -268,7 +274,7 @@ def cell_recipe(
     if method != 'baseline': method = '+'.join(map(with_options, method.split('+')))
     if fields.get('weights') == 'pretrained': fields['weights'] = weights or 'pretrained'
     r = recipe(cell['recipe'], method=method, **fields)
-    if path is not None and r.data != 'scenes': r.path = str(path)
+    if path is not None and r.data not in BUILT_IN: r.path = str(path)
     return r
 
 def _meaning(cell):

@@ -21,7 +21,7 @@ PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 @dataclass
 class Recipe:
     "Every choice of a training run"
-    # Data set: scenes, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options of its
+    # Data set: scenes, phantoms, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options of its
     # constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1,zero_is_unlabelled=true
     data:str = 'scenes'
     path:str|None = None             # Folder of the data set; scenes need none
@@ -241,6 +241,9 @@ _ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+    phantoms=dict(data='phantoms', annotation='scribble', options='sasformer:start=0.5+tel:sigma=0.002',
+                  size=128, bs=8, epochs=20, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, scale_min=.75,
+                  scale_max=1.5, validate_every=5),
     camvid=dict(data='camvid', options='sasformer:start=0.5+tel:sigma=0.002',
                 size=256, bs=8, epochs=10, lr=5e-4, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     acdc=dict(data='folder', annotation='scribble', options='sasformer:start=0.5+tel:sigma=0.002',
