@@ -21,8 +21,8 @@ PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
 @dataclass
 class Recipe:
     "Every choice of a training run"
-    # Data set: scenes, phantoms, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options of its
-    # constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1,zero_is_unlabelled=true
+    # Data set: scenes, phantoms, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options
+    # of its constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1
     data:str = 'scenes'
     path:str|None = None             # Folder of the data set; scenes need none
     # Training labels: dense, point, scribble, tag, block10, block20, block50, or best (of each image the label that
