@@ -140,6 +140,18 @@ def test_eval(run, home, tmp_path, capsys):
     for c in folder(home).classes: assert c in text
 
 
+def test_eval_dice_of_groups(run, home, tmp_path, capsys):
+    "Counted by group they are the same pixels; one group is the data set"
+    def r(*args):
+        evaluate.main([str(run), '--out', str(tmp_path/f'{len(args[-1])}.json'), *args])
+        return json.loads((tmp_path/f'{len(args[-1])}.json').read_text())
+    whole, each = r('--dice_of', '^'), r('--dice_of', '.*')
+    assert whole['pixels'] == each['pixels'] and (whole['dice']['groups'], each['dice']['groups']) == (1, 4)
+    for c, iou in whole['iou'].items():
+        if iou is not None: assert abs(whole['dice']['mean'][c]-2*iou/(1+iou)) < 1e-9
+    assert 'Dice, mean of 4 groups: ' in capsys.readouterr().out
+
+
 def test_eval_options_reach_the_model(run, home, tmp_path):
     def r(*args):
         out = tmp_path/f"{'_'.join(args)}.json"
@@ -163,6 +175,8 @@ def test_eval_faults(run, home, tmp_path, capsys):
     bad([run, '--data', 'folder', '--path', tmp_path/'none'], tmp_path/'none')
     bad([run, '--path', tmp_path/'none'], tmp_path/'none')
     bad([run, '--split', 'test'], '--split', 'test')
+    bad([run, '--dice_of', '('], '--dice_of', 'regular expression')
+    bad([run, '--dice_of', 'heart'], '--dice_of heart', 'nothing in the id')
     bad([run, '--flop'], '--flop')
     bad([tmp_path], 'settings.json', '--data')
     bad([tmp_path, '--data', 'scenes'], 'best.safetensors')

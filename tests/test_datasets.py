@@ -11,7 +11,7 @@ from PIL import Image
 from sasformer import benchmarks, datasets, downloads
 from sasformer.annotations import AnnotationError, write_label_map
 from sasformer.benchmarks import ade20k, camvid, cityscapes, voc2012
-from sasformer.datasets import LayoutError, Source, folder, open_image, scenes
+from sasformer.datasets import LayoutError, Source, folder, open_image, phantoms, scenes
 from sasformer.downloads import DownloadError, download, download_cli, extract
 
 BODY = np.random.default_rng(0).bytes(300_000)
@@ -430,6 +430,14 @@ def test_scenes_written_and_read(tmp_path):
     assert (camvid(tmp_path/'s').mask('val_0001') == scenes(n_train=0, n_val=2, size=64, seed=5).mask('val_0001')).all()
     (tmp_path/'other').mkdir()
     with pytest.raises(LayoutError, match='holds no scenes'): scenes(tmp_path/'other')
+
+def test_phantoms_written_and_read(tmp_path):
+    src = phantoms(tmp_path/'p', n_train=3, n_val=2, size=64, seed=5)
+    assert (src.mask('val_0001') == phantoms(n_train=0, n_val=2, size=64, seed=5).mask('val_0001')).all()
+    assert src.classes == ['background', 'right ventricle', 'muscle', 'left ventricle']
+    with pytest.raises(LayoutError, match="asked for .*'seed': 6.*name another folder"):
+        phantoms(tmp_path/'p', n_train=3, n_val=2, size=64, seed=6)
+    with pytest.raises(LayoutError, match='holds no scenes'): scenes(tmp_path/'p', n_train=3, n_val=2, size=64)
 
 def test_camvid_real(data_dir):
     if not (data_dir/'camvid').is_dir(): pytest.skip('CamVid is not there')
