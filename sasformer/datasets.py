@@ -127,7 +127,8 @@ def shape(self:Source,
     if not isinstance(x, Path): return x.shape[:2]
     try:
         with opened(x) as im:
-            if im.format == 'TIFF': im.load()   # Pillow turns these itself, some before and some after reading
+            # Pillow turns a TIFF itself, when it reads the pixels
+            if im.format == 'TIFF' and im.getexif().get(0x0112, 1) > 1: im.load()
             return im.size if im.getexif().get(0x0112, 1) > 4 else im.size[::-1]
     except FileNotFoundError: raise LayoutError(f"{x}: no such image") from None
 

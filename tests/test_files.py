@@ -344,3 +344,12 @@ def test_a_census_is_a_part_of_looking(tmp_path, capsys):
     assert "cannot be trained from: folder: 'one' is the only class" in capsys.readouterr().out
     download_cli('check', 'folder:values=255:1', path=str(p), read=True)
     assert 'training labels: 5 dense' in capsys.readouterr().out
+
+def test_what_predictions_are_compared_with(tmp_path):
+    "With masks where there are some, else with the labels that the run was given; the report says which"
+    from sasformer.evaluate import labels_of
+    p = dataset(tmp_path/'masked')
+    dataset(tmp_path/'sparse', labels='scribble')
+    (p/'settings.json').write_text('{"recipe": {"data": "folder", "annotation": "scribble:width=3"}}')
+    assert labels_of(p, folder(p), 'val') == 'dense'
+    assert labels_of(p, folder(tmp_path/'sparse'), 'val') == 'scribble:width=3'
