@@ -142,7 +142,7 @@ def _packed(rgb): return np.asarray(rgb)[..., :3].astype(np.int64) @ np.array([6
 def _colour_table(pairs):
     "Id of each of the 16 million colours, -1 for those that are not in the map"
     table = np.full(1 << 24, -1, np.int16)
-    for rgb, id in pairs: table[_packed(rgb)] = id
+    for rgb, id in ((voc_palette()[UNLABELLED], UNLABELLED), *pairs): table[_packed(rgb)] = id
     return table
 
 def _colour_ids(image, colours):

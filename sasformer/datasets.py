@@ -127,7 +127,8 @@ def shape(self:Source,
     if not isinstance(x, Path): return x.shape[:2]
     try:
         with opened(x) as im:
-            if im.format == 'TIFF': im.load()   # Pillow turns these itself, some before and some after reading
+            # Pillow turns a TIFF itself, when it reads the pixels
+            if im.format == 'TIFF' and im.getexif().get(0x0112, 1) > 1: im.load()
             return im.size if im.getexif().get(0x0112, 1) > 4 else im.size[::-1]
     except FileNotFoundError: raise LayoutError(f"{x}: no such image") from None
 
@@ -392,16 +393,18 @@ def write_tags(
 @patch
 def _range_note(self:Source, n=20):
     "What to say where 16-bit images use little of their range, judged by the first `n`"
-    top, low = 0, 65535
+    top, low, grey = 0, 65535, True
     for x in [self.images[i] for i in self.splits['train'][:n]] if self.value_range is None else ():
         if not isinstance(x, Path): continue
         with opened(x) as im:
-            if im.mode[0] != 'I': continue
-            a = np.asarray(im)
+            if im.mode[0] != 'I' and not (im.tile and ';16' in str(im.tile[0].args)): continue
+            grey, a = im.mode[0] == 'I', np.asarray(im).astype(int)
+        a = a if grey else a*257   # of colour Pillow reads the upper eight bits
         top, low = max(top, int(a.max())), min(low, int(a.min()))
     if not 0 < top < 65536//4: return []
-    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: give the "
-            f"values that are black and white, as in --data folder:value_range={low}+{top}"]
+    mend = (f"give the values that are black and white, as in --data folder:value_range={low}+{top}" if grey else
+            "save them with their whole range, or with 8 bits (value_range is for grey)")
+    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: {mend}"]
 
 # %% ../nbs/01_datasets.ipynb #judge001
 @patch
@@ -689,6 +692,8 @@ def folder(
                 for k in KINDS if _there(path, k) and k != mask_dir}
     dense = _labels(path, mask_dir, mask_kw, parts, notes) if masks else {}
     if kind != 'dense': released[kind] = MaskFolder(dense, lut, colours)
+    if palette is None and colours: palette = [next((c for c, i in colours.items() if i == k), (128, 128, 128))
+                                               for k in range(len(classes))]
     src = Source(name, path, classes, {}, files, dense, palette, released, lut, kind if masks else 'absent',
                  colours=colours, value_range=value_range, mixed=True)
     notes += _unread(path, images[0], parts, mask_dir)

@@ -3,7 +3,7 @@ import os, struct, unicodedata
 from pathlib import Path
 
 import numpy as np
-import pytest
+import pytest, tifffile
 from PIL import Image
 
 from sasformer import labels
@@ -82,6 +82,16 @@ def test_labelmap_with_a_background_that_is_no_class(tmp_path, capsys):
     (p/'masks/labelmap.txt').write_text('background:0,0,0::\ntwo:255,0,0::\n')
     assert folder(p).mask('a').tolist() == [[255, 0]*3]*4
     assert 'background is none of the classes, so its colour means unlabelled' in capsys.readouterr().out
+
+def test_simulated_labels_of_a_folder_of_colours_are_read_again(tmp_path):
+    p = dataset(tmp_path)
+    for f in (p/'masks').iterdir():
+        Image.fromarray(np.tile(np.uint8([[(0, 0, 9), (255, 0, 0)]]), (4, 3, 1))).save(f)
+    spec = 'folder:colours=000009:one+ff0000:two'
+    args = ['simulate', '--data', spec, '--path', p, '--annotation', 'point', '--split', 'all', '--out', p/'point']
+    labels.main(list(map(str, args)))
+    src = get_source(spec, p)
+    assert src.annotation('a', 'point').tolist() == src.annotation('a', 'sim_point').tolist()
 
 @pytest.mark.parametrize('colours,message', [
     ('ff00:one', "'ff00' is no colour, expected six"),
@@ -166,6 +176,11 @@ def test_the_range_of_a_folder(tmp_path):
     assert np.asarray(src.image('a'))[0, :2, 0].tolist() == [0, 255] and not src.judge('dense')
     note, = get_source('folder', p).judge('dense')
     assert '16 bits' in note and 'value_range=0+4000' in note
+    for f in list((p/'images').iterdir()):   # Pillow writes no colour of 16 bits
+        tifffile.imwrite(f.with_suffix('.tif'), np.full((4, 6, 3), 4000, np.uint16))
+        f.unlink()
+    note, = get_source('folder', p).judge('dense')
+    assert '16 bits' in note and 'save them with their whole range' in note
     for wrong in ('value_range=5', 'value_range=5+1'):
         with pytest.raises(AnnotationError, match='expected the values that are black and white'):
             get_source(f'folder:{wrong}', p)
@@ -329,3 +344,12 @@ def test_a_census_is_a_part_of_looking(tmp_path, capsys):
     assert "cannot be trained from: folder: 'one' is the only class" in capsys.readouterr().out
     download_cli('check', 'folder:values=255:1', path=str(p), read=True)
     assert 'training labels: 5 dense' in capsys.readouterr().out
+
+def test_what_predictions_are_compared_with(tmp_path):
+    "With masks where there are some, else with the labels that the run was given; the report says which"
+    from sasformer.evaluate import labels_of
+    p = dataset(tmp_path/'masked')
+    dataset(tmp_path/'sparse', labels='scribble')
+    (p/'settings.json').write_text('{"recipe": {"data": "folder", "annotation": "scribble:width=3"}}')
+    assert labels_of(p, folder(p), 'val') == 'dense'
+    assert labels_of(p, folder(tmp_path/'sparse'), 'val') == 'scribble:width=3'

@@ -46,6 +46,13 @@ def test_padding_is_cut_off_where_it_was_put():
     torch.testing.assert_close(predict_logits(Copy(3, 3, 1), x, window=(16, 13), overlap=.3), x)
 
 
+def test_evaluation_against_sparse_labels(model):
+    src = scenes(n_train=1, n_val=1, size=64)
+    i, = src.splits['val']
+    cm = evaluate(model, src, annotation='scribble', progress=False)
+    assert cm.counts.sum() == (src.annotation(i, 'scribble') < 254).sum() < src.mask(i).size
+
+
 def test_modes_and_gradients(model):
     model.train(); model.decoder.norm.eval()
     try:
