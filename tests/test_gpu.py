@@ -19,7 +19,7 @@ def hangs(o):
 '''
 
 
-LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'   # at tiny size the first two are what b4's is; the last is always there
+LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'   # tiny, the first two are what b4's is; the last is always there
 
 
 @pytest.fixture(scope='module')
