@@ -484,7 +484,7 @@ def short_recipe(o, method):
     data = dict(data='voc2012', path=str(voc)) if voc else dict(data=scenes)
     sizes = dict(size=64, bs=4, iterations=2) if o.tiny else dict(size=256, bs=16, iterations=120)
     machine = dict(precision='bf16', num_workers=8) if o.cuda else dict(precision='fp32')
-    r = Recipe(**data, annotation='point', **sizes, **machine, method=method, validate_every=1000)   # after the last epoch
+    r = Recipe(**data, annotation='point', **sizes, **machine, method=method, validate_every=1000)   # the last
     src = r.source()
     if o.tiny: src.splits = {s: ids[:n] for (s, ids), n in zip(src.splits.items(), (8, 2))}
     return r, src

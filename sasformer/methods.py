@@ -170,7 +170,8 @@ def parse_loss(
     out = {}
     for part in spec.split('+'):
         name, colon, option = (o.strip() for o in part.partition(':'))
-        if name not in LOSSES: raise ValueError(f"loss={spec!r}: {name!r} is none of ce, focal, dice (with + between them)")
+        if name not in LOSSES:
+            raise ValueError(f"loss={spec!r}: {name!r} is none of ce, focal, dice (with + between them)")
         if name in out: raise ValueError(f"loss={spec!r}: {name} comes twice")
         key, _, value = option.partition('=')
         try: gamma = float(value) if colon else LOSSES[name]
@@ -252,7 +253,8 @@ class Form:
         n = round(1/self.fraction) if self.fraction > 0 else 0
         if self.fraction != 1 and (n < 2 or abs(n*self.fraction-1) > .011):
             raise ValueError(f"fraction={self.fraction}: expected 1, 1/2, 1/3, 1/4, …")
-        if not 0 < self.temperature < float('inf'): raise ValueError(f"temperature={self.temperature}: expected more than 0")
+        if not 0 < self.temperature < float('inf'):
+            raise ValueError(f"temperature={self.temperature}: expected more than 0")
         if bad := set(self.detach)-set('AVP'):
             raise ValueError(f"detach={self.detach}: {sorted(bad)} is not among A, V, P")
         if self.blocks is not None and (not self.blocks or min(self.blocks) < 1):

@@ -318,15 +318,16 @@ def list_segmenters(
 
 # %% ../nbs/11_segmenters.ipynb #c307eb85
 # timm's modules whose models know one image size: positions or windows are learned for it
-_one_size = ('beit', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit', 'maxxvit',
-             'mvitv2', 'nest', 'pit', 'volo')
+_one_size = ('beit', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit',
+             'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
 _windows = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')   # timm makes these flexible
 
 def _check_size(name, backbone, kw):
     "Refuse a backbone that works at one size only, unless that size is named"
     if 'img_size' in kw or not is_model_in_modules(backbone, _one_size): return
-    raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and photographs "
-                     "of any; choose another backbone, or name its size (create_segmenter(…, img_size=224)) and keep to it")
+    raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and "
+                     "photographs of any; choose another backbone, or name its size "
+                     "(create_segmenter(…, img_size=224)) and keep to it")
 
 def _split_name(name):
     "Decoder and backbone of a segmenter's name; an error that suggests near names"

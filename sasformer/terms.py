@@ -19,8 +19,8 @@ def check_labels(
 ):
     "Raises a `ValueError` for ids below 0"
     if target.dtype == torch.uint8 or not target.numel() or (least := target.min().item()) >= 0: return
-    raise ValueError(f"a label map holds {least}: expected class ids, 255 where nothing is labelled and 254 for padding; "
-                     f"target.where(target >= 0, 255) is such a map")
+    raise ValueError(f"a label map holds {least}: expected class ids, 255 where nothing is labelled and 254 for "
+                     "padding; target.where(target >= 0, 255) is such a map")
 
 # %% ../nbs/19_terms.ipynb #8d9696a7
 class LossTerm(Callback):

@@ -87,8 +87,9 @@ def test_backbones_of_any_size(name, kw):
     model.train()(torch.randn(2, 3, 64, 96)).square().mean().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None and 'head' not in n]
 
-BOUND = '''beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny efficientformer_l1 efficientformerv2_s0 gcvit_xxtiny
-hiera_tiny_224 levit_128s maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 mvitv2_tiny nest_tiny pit_ti_224 volo_d1_224'''.split()
+BOUND = '''beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny efficientformer_l1 efficientformerv2_s0
+gcvit_xxtiny hiera_tiny_224 levit_128s maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 mvitv2_tiny nest_tiny pit_ti_224
+volo_d1_224'''.split()
 
 @pytest.mark.parametrize('name', BOUND)
 def test_backbones_of_one_size_are_refused(name):
@@ -209,10 +210,11 @@ def test_init_takes_classes_by_name(src, tmp_path, capsys):
     wider = replace(r, decoder_dim=32).learner(src, device='cpu')     # what does not fit is said
     assert 'not taken: decoder.project.0.weight' in capsys.readouterr().out and wider.recipe.settings()['init'] == 'old'
     fails(train.main, [*ARGS, '--init', tmp_path/'none', '--out', tmp_path/'x'], capsys, tmp_path/'none')
-    fails(train.main, [*ARGS, '--init', tmp_path/'old', '--model', 'segformer_test_resnet', '--out', tmp_path/'y'], capsys,
-          'nothing of segformer_mit_b0 fits the backbone of segformer_test_resnet')
+    other = [*ARGS, '--init', tmp_path/'old', '--model', 'segformer_test_resnet', '--out', tmp_path/'y']
+    fails(train.main, other, capsys, 'nothing of segformer_mit_b0 fits the backbone of segformer_test_resnet')
 
-@pytest.mark.parametrize('name, kw', [('segmenter_test_vit', {}), ('maskformer_test_resnet', dict(n_queries=4, n_layers=1))])
+@pytest.mark.parametrize('name, kw', [
+    ('segmenter_test_vit', {}), ('maskformer_test_resnet', dict(n_queries=4, n_layers=1))])
 def test_init_of_other_decoders(name, kw):
     "Class tokens, norms over the classes, MaskFormer's 'no object'"
     old, new = (create_segmenter(name, n, decoder_dim=64, **kw) for n in (3, 4))
