@@ -12,7 +12,7 @@ from torch import nn, Tensor
 from .annotations import PADDING, UNLABELLED
 from .quick import QuickAttention
 from .refine import pixel_adaptive_refinement
-from .segmenters import evaluating
+from .segmenters import evaluating, padded
 
 # %% ../nbs/22_cam.ipynb #c24a78eb
 def with_padding(
@@ -21,7 +21,7 @@ def with_padding(
     multiple:int=1, # Of which the backbone needs height and width, see `Segmenter`
 )->list:            # Height and width of what lies over image and padding
     "The size that `size` grows to where the image is padded"
-    return [round(n*(s+(-s)%multiple)/s) for n, s in zip(size, seen)]
+    return [round(n*padded(s, multiple)/s) for n, s in zip(size, seen)]
 
 def upsampled(
     scores:Tensor,  # At the resolution of features, (B, C, h, w)

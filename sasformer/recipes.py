@@ -7,13 +7,15 @@ __all__ = ['PRECISIONS', 'RECIPES', 'Recipe', 'recipe']
 
 # %% ../nbs/50_recipes.ipynb #eb2d970a
 import dataclasses, json, math
+import numpy as np
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from fastcore.foundation import L
 from .annotations import parse_annotation
 from .benchmarks import get_source, source_options
-from .methods import METHODS, among, fraction, method_text, not_negative, parse_method, positive
+from .methods import (METHODS, among, class_weights, fraction, method_text, not_negative, parse_loss,
+                               parse_method, positive, typed)
 
 # %% ../nbs/50_recipes.ipynb #3c03380c
 PRECISIONS = ('auto', 'fp32', 'bf16', 'fp16')
@@ -35,6 +37,9 @@ class Recipe:
     n_layers:int|None = None         # Layers of MaskFormer's transformer; None: 6
     # Backbone weights: a file, a Hugging Face id, 'timm' for timm's own; None: from scratch
     weights:str|None = None
+    # A whole segmenter to start from, backbone and decoder: the folder of a run, or a .safetensors file with model.json
+    # beside it; what fits is taken, classes by their names. None: nothing
+    init:str|None = None
     # Stride into MiT's last stage: 1 as released for SASFormer, 2 as in SegFormer; None: the backbone's default
     last_stride:int|None = None
     # Levels or layers of the backbone that the decoder takes, by index from 0; None: those from 1/4 of the size on,
@@ -44,6 +49,11 @@ class Recipe:
     # Beside the cross-entropy: baseline (nothing), or methods with + between them, each with options, as in
     # sasformer:alpha=3,start=0.5+tel
     method:str = 'sasformer'
+    # Loss of the labelled pixels: ce, focal, dice, or several with + between them; focal:gamma=2. None: cross-entropy
+    loss:str|None = None
+    # Of the classes in that loss: numbers with commas between them, or balanced (rare ones more). None: equal
+    class_weights:str|None = None
+    loss_at:str|None = None          # scores: labels are shrunk to the scores, as released; labels or None: the reverse
     # Afterwards label the novel classes with the trained model and train again from these labels? (method simformer)
     self_train:bool = False
     pseudo_scales:tuple[float, ...] = (1.,)   # At which the model labels them; flipped too where there are several
@@ -82,8 +92,9 @@ class Recipe:
 @patch
 def check(self:Recipe):
     "Raises for values that cannot be meant, before any work"
+    typed(self)
     source_options(self.data)
-    choices = dict(opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
+    choices = dict(loss_at=('labels', 'scores'), opt=('sgd', 'adamw'), precision=PRECISIONS, last_stride=(1, 2),
                    schedule=('poly', 'onecycle'), tags_of=('image', 'crop'))
     for name, allowed in choices.items():
         among(self, name, tuple(allowed))
@@ -101,12 +112,29 @@ def check(self:Recipe):
     for name in ('n_queries', 'n_layers'):
         if (n := getattr(self, name)) is not None and not self.model.startswith('maskformer_'):
             raise ValueError(f"{name}={n}: only maskformer_<timm model> has it, not {self.model}")
+    if self.init is not None and self.weights is not None:
+        raise ValueError(f"init={self.init}, weights={self.weights}: give one of them, the first has a backbone too")
+    if self.loss is not None: parse_loss(self.loss)
+    self.weights_of_classes()
     self.pseudo_scales = tuple(self.pseudo_scales)
     if not self.pseudo_scales or not all(0 < s < math.inf for s in self.pseudo_scales):
         raise ValueError(f"pseudo_scales={self.pseudo_scales}: expected factors above 0")
     if self.self_train and 'simformer' not in self.methods:
         raise ValueError(f"self_train: only of the method simformer, not of {self.method}")
     self.method = method_text(self.methods)   # the shortest text, so that equal methods are equal
+
+@patch
+def weights_of_classes(self:Recipe,
+    src=None,            # The data set; None: only judge the text
+    annotation:str=None, # Its training labels
+)->list|None:
+    "The classes' weights in the loss of the labelled pixels; balanced: pixels / (classes · pixels of the class)"
+    if self.class_weights is None: return None
+    if self.class_weights != 'balanced': return class_weights(self.class_weights)
+    if src is None: return None
+    count = lambda i: np.bincount(src.annotation(i, annotation).ravel(), minlength=256)[:len(src.classes)]
+    n = sum(count(i) for i in src.splits['train'])
+    return [float(n.sum()/((n > 0).sum()*k)) if k else 1. for k in n]
 
 @patch(as_prop=True)
 def methods(self:Recipe)->dict:
@@ -118,7 +146,8 @@ def methods(self:Recipe)->dict:
 def settings(self:Recipe)->dict:
     "What a result depends on: not where data and weights lie, nor how they are read"
     s = {k: v for k, v in dataclasses.asdict(self).items() if k not in ('path', 'num_workers', 'cache_mb')}
-    if s['weights'] is not None: s['weights'] = Path(s['weights']).name
+    for name in ('weights', 'init'):
+        if s[name] is not None: s[name] = Path(s[name]).name
     s['method'] = '+'.join(self.methods) or 'baseline'
     s['options'] = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
     return json.loads(json.dumps(s))   # as it is read from a file: lists for tuples
@@ -177,11 +206,12 @@ def learner(self:Recipe,
 ):
     "A `Learner` that is ready to `run`"
     from sasformer.data import sparse_dataloaders
-    from sasformer.learner import RunFolder, check_run, sparse_learner
+    from sasformer.learner import RunFolder, check_run, load_segmenter, sparse_learner, start_from
     from sasformer.machine import is_first
     machine = self.machine(device, folder if resume else None)
     settings = {**self.settings(), 'precision': machine.precision}
-    if folder is not None: check_run(folder, settings, resume)   # before labels are read
+    state = check_run(folder, settings, resume) if folder is not None else None   # before labels are read
+    before = load_segmenter(self.init) if self.init is not None and state is None else None
     src, now, groups = src or self.source(), self, None
     for m in self.methods.values(): m.fits(self, src)
     if labels is not None:
@@ -205,9 +235,13 @@ def learner(self:Recipe,
         if self.path is not None: about['path'] = str(Path(self.path).resolve())   # to be found from elsewhere
         cbs = L(cbs)+RunFolder(folder, settings, resume, tensorboard, dict(recipe=about), allow_changes)
     same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'val_scale',
-            'decoder_dim', 'dropout', 'n_queries', 'n_layers')
+            'decoder_dim', 'dropout', 'n_queries', 'n_layers', 'loss', 'loss_at')
     same = {k: getattr(self, k) for k in same}
-    learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same, **backbone)
+    learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same, **backbone,
+                           class_weights=self.weights_of_classes(src, now.annotation))
+    if before is not None:
+        said = start_from(learn.model, before, src.classes)
+        if is_first(): print(f"{self.init}: {said}", flush=True)
     learn.recipe = self
     return learn
 

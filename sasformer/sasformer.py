@@ -15,7 +15,7 @@ from .attention import AttentionTap, QK
 from .machine import n_processes
 from .data import global_sum
 from .quick import propagate_kept
-from .terms import LossTerm
+from .terms import LossTerm, check_labels
 from .treefilter import compiled, each_image
 from .methods import (DEFAULT, DISTANCES, FORMS, Form, Method, PAPER, RELEASED, among, fraction, not_negative,
                                register_method)
@@ -177,6 +177,7 @@ def affinity_loss(
     propagation=None    # In the place of `propagate`, another function of layers and scores, to compare
 )->dict:                # Number of a block → its term; their mean or sum is the loss, see `combine`
     "Eqs. 5–7, by block"
+    check_labels(target)
     if not blocks: raise ValueError("The attention tap has recorded nothing: was the model run while it was on?")
     chosen = sorted(blocks) if form.blocks is None else form.blocks
     if missing := [b for b in chosen if b not in blocks]:
@@ -216,6 +217,7 @@ class SASFormerLoss(LossTerm):
         start:float=0.,         # Share of the training before the term comes in
         warmup:float=0.,        # Share of the training over which the weight rises linearly from 0
     ):
+        if not 0 <= alpha < float('inf'): raise ValueError(f"alpha={alpha}: expected 0 or more")
         super().__init__(alpha, start, warmup)
         self.form, self.tap = FORMS[form] if isinstance(form, str) else form, None
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['decoders', 'exporting', 'SegformerDecoder', 'ASPP', 'DeepLabV3PlusDecoder', 'HRNetDecoder', 'LinearDecoder',
-           'SETRDecoder', 'SETRPUPDecoder', 'MaskScores', 'MaskTransformer', 'Segmenter', 'evaluating',
+           'SETRDecoder', 'SETRPUPDecoder', 'MaskScores', 'MaskTransformer', 'padded', 'Segmenter', 'evaluating',
            'list_segmenters', 'create_segmenter']
 
 # %% ../nbs/11_segmenters.ipynb #fc519ec2
@@ -230,13 +230,22 @@ class MaskTransformer(nn.Module):
         return self.classify(patches.transpose(1, 2).unflatten(2, size), tokens)
 
 # %% ../nbs/11_segmenters.ipynb #5ae389b5
+def padded(
+    n:int,           # Height or width, pixels
+    multiple:int=1,  # Of which it has to be a multiple
+)->int:
+    "Height or width as a backbone takes it: at least 32 pixels, except in a graph for any size"
+    # MiT takes no less than 29 pixels: its first block reduces keys at 1/4 by another 8
+    n = n if exporting() else max(n, 32)
+    return n + -n%multiple
+
 class Segmenter(nn.Module):
     "A backbone's list of features, decoded to scores (B, n_classes, h, w), upsampled only where padding was needed"
     def __init__(self,
         backbone:nn.Module,  # A `features_only` model of timm
         decoder:nn.Module,   # Maps its list of features, finest first, to scores; its last layer is `classify`
         config:dict=None,    # Arguments of `create_segmenter` that make this model again
-        multiple:int=1,      # Height and width are padded to a multiple of this
+        multiple:int=1,      # Height and width are padded to a multiple of this, and to at least 32 pixels
         mean:tuple=None,     # Of red, green and blue in [0, 1] that the backbone expects; None: ImageNet's
         std:tuple=None,      # Their standard deviation
     ):
@@ -244,16 +253,22 @@ class Segmenter(nn.Module):
         store_attr()
         self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); not used in `forward`
 
+    def padding(self,
+        size,    # Height and width of an image
+    )->tuple:    # Pixels to be added below and on the right
+        "What training, validation and prediction pad an image by; a graph for any size has no smallest one"
+        return tuple(padded(n, self.multiple)-n for n in size)
+
     def pads(self, below, right):
         "Is there something to pad? A graph for any size always pads"
-        return self.multiple > 1 and (exporting() or below or right)
+        return self.multiple > 1 if exporting() else bool(below or right)
 
     def features(self,
         x:torch.Tensor,  # Images, (B, 3, H, W)
     )->list:             # Levels of features, (B, c, h, w) each, finest first; of the padded image
         "What the decoder is given"
         h, w = x.shape[-2:]
-        below, right = -h%self.multiple, -w%self.multiple
+        below, right = self.padding((h, w))
         if self.pads(below, right): x = F.pad(x, (0, right, 0, below))
         feats = self.backbone(x)
         # Swin and its kin give (B, h, w, c)
@@ -262,7 +277,7 @@ class Segmenter(nn.Module):
 
     def forward(self, x):
         h, w = x.shape[-2:]
-        below, right = -h%self.multiple, -w%self.multiple
+        below, right = self.padding((h, w))
         # MaskFormer enlarges its masks before they become scores
         enlarged = getattr(self.decoder, 'upsamples', False) and not self.training
         feats = self.features(x)
@@ -302,6 +317,18 @@ def list_segmenters(
     return [f'{d}_{m}' for d in decoders for m in timm.list_models(filter, module=_modules.get(d, ''))]
 
 # %% ../nbs/11_segmenters.ipynb #c307eb85
+# timm's modules whose models know one image size: positions or windows are learned for it
+_one_size = ('beit', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit',
+             'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
+_windows = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')   # timm makes these flexible
+
+def _check_size(name, backbone, kw):
+    "Refuse a backbone that works at one size only, unless that size is named"
+    if 'img_size' in kw or not is_model_in_modules(backbone, _one_size): return
+    raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and "
+                     "photographs of any; choose another backbone, or name its size "
+                     "(create_segmenter(…, img_size=224)) and keep to it")
+
 def _split_name(name):
     "Decoder and backbone of a segmenter's name; an error that suggests near names"
     decoder, _, backbone = name.partition('_')
@@ -345,6 +372,7 @@ def _backbone(decoder, name, pretrained, norm_features=False, **kw):
     if norm_features and not is_model_in_modules(name, _vits):
         raise ValueError(f"norm_features: only a ViT has a norm for all of its layers, not {name}")
     if is_model_in_modules(name, _vits): kw = dict(dynamic_img_size=True) | kw
+    if is_model_in_modules(name, _windows): kw = dict(strict_img_size=False) | kw
     hub = timm.get_pretrained_cfg(name).hf_hub_id if pretrained and 'pretrained_cfg_overlay' not in kw else None
     if hub: mit.check_hub(hub)
     try:
@@ -371,6 +399,7 @@ def create_segmenter(
 )->Segmenter:               # In training mode
     "A segmenter by name"
     decoder, backbone = _split_name(name)
+    _check_size(name, backbone, kw)
     if pretrained and weights is not None: raise ValueError('give either pretrained=True or weights, not both')
     if decoder == 'linear' and decoder_dim is not None:
         raise ValueError(f'{name}: nothing in the linear decoder has decoder_dim={decoder_dim} channels')
@@ -390,6 +419,6 @@ def create_segmenter(
     if decoder == 'deeplabv3plus': options['stride'] = stride
     options.update(queries)
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
-    whole = decoder == 'hrnet' or is_model_in_modules(backbone, _vits)   # these need whole patches
+    whole = decoder == 'hrnet' or is_model_in_modules(backbone, (*_vits, *_windows))   # these need whole patches
     statistics = timm.get_pretrained_cfg(backbone)
     return Segmenter(net, head, config, stride if whole else 1, tuple(statistics.mean), tuple(statistics.std))

@@ -80,7 +80,7 @@ class TreeEnergyLoss(LossTerm):
         if isinstance(trees, str): trees = (trees,)
         if not trees or set(trees)-{'low', 'high'}:
             raise ValueError(f"trees={tuple(trees)}: expected 'low', 'high' or both")
-        if sigma <= 0: raise ValueError(f"sigma={sigma}: expected more than 0")
+        if not 0 < sigma < float('inf'): raise ValueError(f"sigma={sigma}: expected more than 0")
         self.sigma, self.trees, self.channels = sigma, tuple(trees), channels
         self.auxiliary = 'tree' if 'high' in trees else None
         self._hook = self._features = self._embedded = None
@@ -134,8 +134,9 @@ def _low(self:TreeEnergyLoss, size):
 @patch
 def _high(self:TreeEnergyLoss, size):
     "The embedding of the features before the classifier, at the size of the prediction"
-    e, seen, multiple = self._embedded, self.x.shape[-2:], getattr(self.bare, 'multiple', 1)
-    grown = [round(n*(s-s%-multiple)/s) for n,s in zip(size, seen)]
+    e, seen = self._embedded, self.x.shape[-2:]
+    added = self.bare.padding(seen) if hasattr(self.bare, 'padding') else (0, 0)
+    grown = [round(n*(s+a)/s) for n, s, a in zip(size, seen, added)]
     if tuple(e.shape[2:]) != tuple(grown): e = F.interpolate(e, grown, mode='bilinear', align_corners=False)
     return e[...,:size[0],:size[1]]
 

@@ -170,7 +170,8 @@ def train(
     allow_changes:bool=False,  # With `resume`: the data set may have other images than when the run began
 )->dict:                     # What `result.json` holds
     "Train a recipe and leave everything in `out`; only the first process writes"
-    if r.self_train and labels is None: return self_train(r, out, resume, tensorboard, device)
+    if r.self_train and labels is None:
+        return self_train(r, out, resume, tensorboard, device, allow_changes=allow_changes)
     import matplotlib.pyplot as plt
     from sasformer.machine import alive, is_first
     out, first = Path(out), is_first()
@@ -213,19 +214,20 @@ def self_train(
     device=None,             # As for `train`
     teacher:Path=None,       # A finished first run elsewhere
     stage:str=None,          # One of `STAGES`; None: all
+    allow_changes:bool=False,  # As for `train`, of both trainings
 )->dict:                     # What `result.json` holds; None before the second training
     "Train, label the novel classes with the model, train again"
     from sasformer.machine import is_first
     out, first = Path(out), dataclasses.replace(r, self_train=False, pseudo_scales=(1.,))
     teacher = Path(teacher or out/'teacher')
     if stage in (None, 'train') and not finished(teacher, first):
-        train(first, teacher, (teacher/'state.pt').exists(), tensorboard, device)
+        train(first, teacher, (teacher/'state.pt').exists(), tensorboard, device, allow_changes=allow_changes)
     wait()
     if not finished(teacher, first): raise ValueError(f"{teacher} holds no finished training to label with")
     if stage in (None, 'pseudo'):
         counts = label_novel(r, teacher, out/'pseudo', device)
         if is_first(): print('images with pseudo labels: '+', '.join(f'{k} {v}' for k, v in counts.items()), flush=True)
-    if stage in (None, 'retrain'): return train(r, out, resume, tensorboard, device, out/'pseudo')
+    if stage in (None, 'retrain'): return train(r, out, resume, tensorboard, device, out/'pseudo', allow_changes)
 
 def wait():
     "Until all processes are here"
@@ -273,6 +275,8 @@ def main(args=None):
         r = recipe(name, **o) if name else Recipe(**o)
         if (teacher or stage) and not r.self_train:
             raise ValueError(f"{'--teacher' if teacher else '--stage'} is of --self_train true")
+        if changes and not (resume or r.self_train):
+            raise ValueError("--allow_changes is of --resume: a run that begins has no other images")
     except ValueError as e: p.error(e)
     import matplotlib
     from sasformer.machine import stop_processes
@@ -284,7 +288,7 @@ def main(args=None):
         resume = False
     try:
         announce(r, out, resume, device)
-        if r.self_train: result = self_train(r, out, resume, tensorboard, device, teacher, stage)
+        if r.self_train: result = self_train(r, out, resume, tensorboard, device, teacher, stage, changes)
         else: result = train(r, out, resume, tensorboard, device, allow_changes=changes)
     finally: stop_processes()
     if result:
