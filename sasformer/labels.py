@@ -18,6 +18,7 @@ from .annotations import (AnnotationError, PADDING, PointFile, ScribbleXML, SCRI
 from .benchmarks import data_set, get_source
 from .datasets import Source, colour_map, write_tags, _class_names, _labelmap, _listing
 from .evaluate import usable_device
+from .label_tools import CocoFile, LabelMe, is_coco
 from .methods import STAGES
 
 # %% ../nbs/63_labels.ipynb #2588e6cb
@@ -92,9 +93,10 @@ def _picture_reader(source, colours, names):
     return list(files), lambda i, width, shape: read_label_map(files[i], None, shape, colours=table)
 
 def label_reader(
-    source:Path,           # What's-the-point JSON, or a folder or zip of ScribbleSup XML
+    source:Path,           # What's-the-point or COCO JSON, a folder of labelme JSON, a folder or zip of ScribbleSup XML
     background:Path=None,  # JSON of the background's points
-    classes=None,          # Text file of names in id order; None: ScribbleSup's tags, points unchecked
+    # Text file of names in id order; None: ScribbleSup's tags, COCO's categories, points unchecked
+    classes=None,
     within:str='',         # Folder inside `source`, for archives that hold several sets
     outside:str='error',   # Positions outside of their image: 'error' or 'crop'
     colours=None,          # What colours mean, see `colour_map`, or a labelmap.txt: `source` is a folder of pictures
@@ -102,6 +104,8 @@ def label_reader(
     "(ids, function of an id, a stroke width and a shape or None that returns a label map)"
     names = None if classes is None else _class_names(None, classes)
     if colours is not None: return _picture_reader(source, colours, names)
+    if source.is_dir() and any(source.rglob('*.json')) or source.suffix.lower() == '.json' and is_coco(source):
+        return _tool_reader(source, background, names, within, outside)
     if source.suffix.lower() == '.json':
         if within: raise ValueError(f"--within {within}: only for ScribbleSup XML, {source} is a file of points")
         r = PointFile(source, background, outside)
@@ -110,7 +114,17 @@ def label_reader(
         raise ValueError(f"--background {background}: only for points (.json), {source} holds scribbles")
     r = ScribbleXML(source, names or SCRIBBLE_TAGS, within, outside)
     if not r.ids: raise ValueError(f"{source}: holds no .xml file{f' below {within}' if within else ''}")
-    return r.ids, lambda i, width, shape: r.label_map(i, width, shape)
+    return r.ids, r.label_map
+
+def _tool_reader(source, background, names, within, outside):
+    "`label_reader` of labelme and COCO"
+    for option, value in (('--background', background), ('--within', within)):
+        if value: raise ValueError(f"{option} {value}: not for labelme's files and COCO's, as in {source}")
+    if not source.is_dir(): r = CocoFile(source, names)
+    elif names is None: raise ValueError(f"{source}: labelme's files need --classes, the names in the order of the ids")
+    else: r = LabelMe(source, names, outside)
+    if not r.ids: raise ValueError(f"{source}: no image in it has a label")
+    return r.ids, r.label_map
 
 # %% ../nbs/63_labels.ipynb #b9d545ca
 def convert_labels(
@@ -201,8 +215,8 @@ def _simulate_options(p):
 
 def _convert_options(p):
     p.add_argument('source', type=Path,
-                   help="What's-the-point file (.json), a folder or zip of ScribbleSup XML, or with --colours a folder "
-                        "of pictures")
+                   help="What's-the-point file (.json), folder or zip of ScribbleSup XML, folder of labelme's files, "
+                        "file in COCO's format (.json), or with --colours a folder of pictures")
     p.add_argument('--colours', default=None, metavar='MAP',
                    help="The source is a folder of pictures and this is what their colours mean: "
                         "ff0000:car+0000ff:2+ffffff:255 (255: unlabelled; so is what is transparent), or CVAT's "
@@ -213,8 +227,8 @@ def _convert_options(p):
     p.add_argument('--ids', type=Path, default=None, metavar='FILE',
                    help="Text file of the ids to convert, one a line (default: all that are labelled)")
     p.add_argument('--classes', type=Path, default=None, metavar='FILE',
-                   help="Text file of class names in id order: the scribbles' tags, the points' number of classes "
-                        "(default: ScribbleSup's tags; any id)")
+                   help="Text file of class names in id order: the scribbles' tags, labelme's labels, the points' "
+                        "number of classes (default: ScribbleSup's tags, COCO's categories; any id)")
     p.add_argument('--within', default='', metavar='FOLDER',
                    help="Take only XML below this folder of the source, such as scribble_annotation/pascal_2012")
     p.add_argument('--width', type=stroke, default=3, metavar='PIXELS',
@@ -280,7 +294,7 @@ def labels_parser():
                             help="What to do; each has its own --help")
     programs = (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
                 ('convert', _convert_options,
-                 "Turn What's-the-point or ScribbleSup files into palette PNGs, one per image"),
+                 "Turn files of What's-the-point, ScribbleSup, labelme or COCO into palette PNGs, one per image"),
                 ('stats', _stats_options,
                  "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
                 ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file"),
@@ -312,7 +326,7 @@ def run_convert(o):
     ids, read = label_reader(o.source, o.background, o.classes, o.within, o.outside, o.colours)
     if o.source.is_dir() and o.out.resolve() == o.source.resolve():
         raise ValueError(f"--out {o.out} holds what is read: choose another folder")
-    if o.source.suffix.lower() == '.json' and o.images is None:
+    if o.source.suffix.lower() == '.json' and o.images is None and not is_coco(o.source):
         raise ValueError("points need --images: their file does not hold the images' sizes")
     if o.ids:
         wanted, known = [i.strip() for i in read_text(o.ids).splitlines() if i.strip()], set(ids)
