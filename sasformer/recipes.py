@@ -209,8 +209,8 @@ def learner(self:Recipe,
     from sasformer.machine import is_first
     machine = self.machine(device, folder if resume else None)
     settings = {**self.settings(), 'precision': machine.precision}
-    if folder is not None: check_run(folder, settings, resume)   # before labels are read
-    before = load_segmenter(self.init) if self.init is not None and not resume else None
+    state = check_run(folder, settings, resume) if folder is not None else None   # before labels are read
+    before = load_segmenter(self.init) if self.init is not None and state is None else None
     src, now, groups = src or self.source(), self, None
     for m in self.methods.values(): m.fits(self, src)
     if labels is not None:
