@@ -31,8 +31,8 @@ def same(a, b):
     "Equal weights, both models; equal curves; the same files"
     weights = all(torch.equal(x[k], y[k]) for n in ('best', 'last')
                   for x, y in [[load_file(f/f'{n}.safetensors') for f in (a, b)]] for k in x.keys() | y.keys())
-    curves = [[{k: v for k, v in r.items() if k != 'seconds'} for r in json.loads((f/'result.json').read_text())['curve']]
-              for f in (a, b)]
+    curve = lambda f: json.loads((f/'result.json').read_text())['curve']
+    curves = [[{k: v for k, v in r.items() if k != 'seconds'} for r in curve(f)] for f in (a, b)]
     return weights and curves[0] == curves[1] and {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
 
 
@@ -71,8 +71,9 @@ def main():
         if fault: wrong.append(dict(run=done, kills=kills, fault=fault))
         print(f'{done}: {", ".join(kills)}{": "*bool(fault)}{fault}', flush=True)
         shutil.rmtree(work/'run', ignore_errors=True)
-    write_json(o.out, dict(runs=done, lost_or_different=len(wrong), faults=wrong, kills=sum(moments.values()), moments=moments,
-                           seconds_of_a_run=seconds, seed=o.seed, arguments=' '.join(ARGS), environment=environment()))
+    write_json(o.out, dict(runs=done, lost_or_different=len(wrong), faults=wrong, kills=sum(moments.values()),
+                           moments=moments, seconds_of_a_run=seconds, seed=o.seed, arguments=' '.join(ARGS),
+                           environment=environment()))
     shutil.rmtree(work)
 
 

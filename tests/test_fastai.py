@@ -2,6 +2,7 @@
 from functools import partial
 
 import numpy as np, pytest, torch, torch.nn.functional as F
+from PIL import Image
 from fastai.vision.all import DiceMulti, PILImage, SegmentationInterpretation, accuracy, foreground_acc
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import scenes
@@ -35,7 +36,8 @@ def test_predict(learn, whole, tmp_path, kind):
     photo = whole[0][0]
     image = PILImage.create(photo)
     image.save(tmp_path/'a.png')
-    mask, same, p = learn.predict({'path': tmp_path/'a.png', 'PIL image': image, 'array': photo, 'fastai image': image}[kind])
+    items = {'path': tmp_path/'a.png', 'PIL image': Image.fromarray(photo), 'array': photo, 'fastai image': image}
+    mask, same, p = learn.predict(items[kind])
     assert torch.equal(mask, same) and p.shape == (6, 32, 32)
     torch.testing.assert_close(p.sum(0), torch.ones(32, 32))
     assert (mask.numpy() == predict_image(learn.model, photo)).all()
@@ -47,7 +49,8 @@ def test_test_dl_takes_ids(learn, tmp_path):
     preds, targets = learn.get_preds(dl=learn.dls.test_dl(ids[1:]))
     every = learn.get_preds()
     torch.testing.assert_close(preds, every[0][1:], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match='a.jpg is no id of scenes; learn.predict'): learn.dls.test_dl([tmp_path/'a.jpg'])
+    with pytest.raises(ValueError, match='a.jpg is no id of scenes; learn.predict'):
+        learn.dls.test_dl([tmp_path/'a.jpg'])
 
 
 def test_interpretation(learn, whole):
