@@ -1,5 +1,5 @@
-"""The equations once more, word for word and with nothing of the package: a MiT, its attention maps, propagation and the
-affinity loss in the paper's and in the released form, against ours with the same weights: values and gradients"""
+"""The equations once more, word for word and with nothing of the package: a MiT, its attention maps, propagation and
+the affinity loss in the paper's and in the released form, against ours with the same weights: values and gradients"""
 import pytest, torch, torch.nn.functional as F
 from sasformer.attention import AttentionTap, attention_map
 from sasformer.learner import PartialCrossEntropy
