@@ -10,7 +10,7 @@ from sasformer import train
 from sasformer.annotations import write_json
 from sasformer.machine import environment
 
-ARGS = ('--data scenes:n_train=16,n_val=2,size=64 --annotation scribble --method sasformer --epochs 3 --size 48 --bs 4 '
+ARGS = ('--data scenes:n_train=8,n_val=1,size=48 --annotation scribble --method sasformer --epochs 3 --size 32 --bs 4 '
         '--decoder_dim 16 --device cpu --precision fp32').split()
 PICTURES = 'curves.png', 'examples.png'
 
