@@ -159,8 +159,9 @@ class PadBatch(Callback):
     "Training crops that the model would pad are padded before it, so that no loss takes what was added for labels"
     order = -4
     def before_batch(self):
-        if not self.training or not hasattr(bare := getattr(self.model, 'module', self.model), 'padding'): return
-        below, right = bare.padding(self.xb[0].shape[-2:])
+        padding = getattr(getattr(self.model, 'module', self.model), 'padding', None)
+        if not self.training or not callable(padding): return   # a convolution has a `padding` too
+        below, right = padding(self.xb[0].shape[-2:])
         if not (below or right): return
         self.learn.xb = F.pad(self.xb[0], (0, right, 0, below)), *self.xb[1:]
         if self.yb: self.learn.yb = F.pad(self.yb[0], (0, right, 0, below), value=PADDING), *self.yb[1:]
@@ -436,7 +437,6 @@ def _segmenter(name, n_classes, kwargs):
 def check_batch(
     model:nn.Module,  # A segmenter
     bs:int,           # Images of a batch in this process
-    cbs=(),           # Callbacks; a MaskFormer has no need of this
 ):
     "Batch normalisation of a globally pooled map has one value a channel where a batch is one image"
     pooled = any(isinstance(m, nn.AdaptiveAvgPool2d) and isinstance(n, nn.Sequential)
@@ -495,7 +495,7 @@ def sparse_learner(
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     group = SegmentationMetrics(len(src.classes), groups=dls.train.dataset.groups)
-    check_batch(model, dls.train.bs, [*L(method), *L(cbs)])
+    check_batch(model, dls.train.bs)
     learn = SparseLearner(dls, model, labelled, lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
