@@ -144,6 +144,18 @@ def tags(self:SparseDataset, i, g=None):
     if self.tags_of == 'image' or g is None: return _multi_hot(self.src.tags(name), n)
     return _multi_hot(image_tags(warp_labels(self.src.mask(name), g, thin=False)), n)
 
+@patch(as_prop=True)
+def items(self:SparseDataset): return self.ids
+
+@patch
+def only(self:SparseDataset, ids):
+    "The same for some ids of its source, unaugmented; what fastai's `test_dl` asks for"
+    for i in ids:
+        if i not in self.src.images:
+            raise ValueError(f"test_dl: {i} is no id of {self.src.name}; learn.predict(path) and "
+                             "learn.predict_folder(folder, out) take photographs")
+    return SparseDataset(self.src, list(ids), self.annotation, self.size, seed=self.seed, groups=self.groups)
+
 @patch
 def __getitem__(self:SparseDataset, i):
     (image, labels), g = self.load(i), None
@@ -188,6 +200,7 @@ class SparseDL(TfmdDL):
         return np.asarray(order)[self.rank::self.world][:self.n].tolist()
 
     def new(self, dataset=None, cls=None, **kwargs):
+        if isinstance(dataset, (list, tuple, L)): dataset = self.dataset.only(dataset)   # of `test_dl`
         return super().new(dataset, cls, **merge(dict(bs=self.bs*self.world, order=self.order), kwargs))
 
 # %% ../nbs/02_data.ipynb #08492a0a
@@ -269,7 +282,7 @@ def show_batch(self:SparseDL, b=None, max_n=4, **kwargs):
 @patch
 def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
     "Image, label map and prediction for `max_n` samples; `out` are class ids, (B, h, w), at any resolution"
-    s, src = _samples(self, b, max_n), self.dataset.src
+    s, src, out = _samples(self, b, max_n), self.dataset.src, out[0] if isinstance(out, tuple) else out
     def size(p, y):
         return np.asarray(Image.fromarray(p.numpy().astype(np.uint8)).resize(y.shape[::-1], Image.Resampling.NEAREST))
     return show_rows([(x, y, size(p, y)) for (x, y),p in zip(s, out)], ('image', 'labels', 'prediction'), src, **kwargs)

@@ -7,8 +7,8 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'PlainTensors', 'PadBatch', 'Autocast', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock',
            'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule',
            'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged', 'UseSampleOrder', 'check_batch',
-           'sparse_learner', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder', 'saved_settings',
-           'check_run', 'rows_to_csv']
+           'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder',
+           'saved_settings', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -22,16 +22,17 @@ from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
                                ProgressCallback, GradientClip, ChannelsLast, MixedPrecision, CancelValidException,
-                               CancelEpochException, rank_distrib)
+                               CancelEpochException, mk_metric, rank_distrib)
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import ToModel, global_sum, statistics_of
+from .data import ToModel, global_sum, normalise, statistics_of
+from .datasets import open_image
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
 from .terms import check_labels
-from .segmenters import create_segmenter
+from .segmenters import create_segmenter, evaluating
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
 
@@ -91,6 +92,8 @@ class PartialCrossEntropy:
         if self.at == 'scores':
             shrunk = F.interpolate(target.as_subclass(Tensor)[:,None].float(), pred.shape[-2:], mode='nearest')
             target = shrunk[:,0].to(target.dtype)
+        if kwargs.get('reduction') == 'none':   # fastai's interpretation asks for the loss of each image
+            return torch.stack([self.loss(p[None], t[None], everywhere=False) for p, t in zip(pred, target)])
         # in validation the processes may have different numbers of batches, and waiting for each other would hang
         return self.loss(pred, target, everywhere=torch.is_grad_enabled())
     def activation(self, x): return x.softmax(1)
@@ -123,26 +126,27 @@ def dice_loss(
     return ((w*(1-(2*both+1)/(ps+ys+1))).sum())/w.sum().clamp_min(torch.finfo(w.dtype).tiny)
 
 # %% ../nbs/31_learner.ipynb #lossopt2
+def _of_parts(logits, target, *others, parts, weights, everywhere=True):
+    "The sum of losses of the labelled pixels"
+    logits, target = logits.as_subclass(Tensor).float(), target.as_subclass(Tensor)
+    on = _labelled(logits, target)
+    scores, ids, shared = logits_at(logits, on), target[on].long(), everywhere and dist.is_initialized()
+    w = logits.new_tensor(weights or [1.]*logits.shape[1])
+    total, counted, times = (all_reduce, global_sum, n_processes()) if shared else (noop, noop, 1)
+    value = 0*logits.sum()   # a batch without a labelled pixel has a gradient too
+    for name, gamma in parts.items():
+        if name == 'dice': value = value+dice_loss(scores, ids, w, total)
+        else: value = value+focal_loss(scores, ids, w, gamma, counted, times)
+    return value
+
 def labelled_loss(
     spec:str='ce',   # ce, focal or dice, or several with + between them; focal:gamma=2
     weights=None,    # Of the classes, C numbers; None: all 1
 )->callable:         # As `partial_cross_entropy`
     "A loss of the labelled pixels by its name"
     parts = parse_loss(spec)
-    weights = None if weights is None else checked_weights(weights)
     if weights is None and list(parts) == ['ce']: return partial_cross_entropy
-    def loss(logits, target, *others, everywhere=True):
-        logits, target = logits.as_subclass(Tensor).float(), target.as_subclass(Tensor)
-        on = _labelled(logits, target)
-        scores, ids, shared = logits_at(logits, on), target[on].long(), everywhere and dist.is_initialized()
-        w = logits.new_tensor(weights or [1.]*logits.shape[1])
-        total, times = (all_reduce, n_processes()) if shared else (noop, 1)
-        value = 0*logits.sum()   # a batch without a labelled pixel has a gradient too
-        for name, gamma in parts.items():
-            if name == 'dice': value = value+dice_loss(scores, ids, w, total)
-            else: value = value+focal_loss(scores, ids, w, gamma, global_sum if shared else noop, times)
-        return value
-    return loss
+    return partial(_of_parts, parts=parts, weights=None if weights is None else checked_weights(weights))
 
 # %% ../nbs/31_learner.ipynb #41c84b95
 class PlainTensors(Callback):
@@ -155,8 +159,9 @@ class PadBatch(Callback):
     "Training crops that the model would pad are padded before it, so that no loss takes what was added for labels"
     order = -4
     def before_batch(self):
-        if not self.training or not hasattr(bare := getattr(self.model, 'module', self.model), 'padding'): return
-        below, right = bare.padding(self.xb[0].shape[-2:])
+        padding = getattr(getattr(self.model, 'module', self.model), 'padding', None)
+        if not self.training or not callable(padding): return   # a convolution has a `padding` too
+        below, right = padding(self.xb[0].shape[-2:])
         if not (below or right): return
         self.learn.xb = F.pad(self.xb[0], (0, right, 0, below)), *self.xb[1:]
         if self.yb: self.learn.yb = F.pad(self.yb[0], (0, right, 0, below), value=PADDING), *self.yb[1:]
@@ -302,7 +307,7 @@ class PixelLoss(Metric):
     def reset(self): self.sums = torch.zeros(2, dtype=torch.float64)
     def accumulate(self, learn):
         n = (learn.yb[0] < PADDING).sum().cpu()
-        self.sums += torch.stack([learn.loss.detach().cpu()*n, n])
+        self.sums += torch.stack([learn.loss.detach().mean().cpu()*n, n])
     @property
     def value(self):
         device = 'cuda' if dist.is_initialized() and dist.get_backend() == 'nccl' else 'cpu'
@@ -349,6 +354,11 @@ OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
     first_epoch, precision = 0, None
+    @property
+    def metrics(self): return self._metrics
+    @metrics.setter
+    def metrics(self, v):
+        self._metrics = L(mk_metric(m) for m in L(v)).map(lambda m: m if hasattr(m, 'group') else OfLabelledPixels(m))
     def fit(self, *args, **kwargs):
         try: return super().fit(*args, **kwargs)
         except BaseException:   # fastai calls no callback then; no hook or open context may outlive an interrupted fit
@@ -427,7 +437,6 @@ def _segmenter(name, n_classes, kwargs):
 def check_batch(
     model:nn.Module,  # A segmenter
     bs:int,           # Images of a batch in this process
-    cbs=(),           # Callbacks; a MaskFormer has no need of this
 ):
     "Batch normalisation of a globally pooled map has one value a channel where a batch is one image"
     pooled = any(isinstance(m, nn.AdaptiveAvgPool2d) and isinstance(n, nn.Sequential)
@@ -486,7 +495,7 @@ def sparse_learner(
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     group = SegmentationMetrics(len(src.classes), groups=dls.train.dataset.groups)
-    check_batch(model, dls.train.bs, [*L(method), *L(cbs)])
+    check_batch(model, dls.train.bs)
     learn = SparseLearner(dls, model, labelled, lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
@@ -494,6 +503,45 @@ def sparse_learner(
     learn.confusion, learn.recorder.loss, learn.precision = group, PixelLoss(), machine.precision
     if not live: learn.remove_cb(ProgressCallback)
     return learn
+
+# %% ../nbs/31_learner.ipynb #fastway1
+class OfLabelledPixels(Metric):
+    "A metric of fastai's, of the labelled pixels of each batch: scores (1, C, n), classes (1, n)"
+    def __init__(self, metric): self.metric = metric
+    def reset(self): self.metric.reset()
+    def accumulate(self, learn):
+        target = learn.yb[0].as_subclass(Tensor)
+        on = target < PADDING
+        pred, y = logits_at(learn.pred.as_subclass(Tensor).float(), on).T[None], target[on].long()[None]
+        self.metric.accumulate(SimpleNamespace(pred=pred, y=y, yb=(y,), xb=learn.xb, loss=learn.loss, dls=learn.dls,
+                                               loss_func=learn.loss_func, to_detach=learn.to_detach))
+    @property
+    def value(self): return self.metric.value
+    @property
+    def name(self): return self.metric.name
+
+@patch
+def predict(self:SparseLearner,
+    item,      # Photograph: path, PIL image, or uint8 array (H, W, 3)
+    **kwargs   # fastai's own are not used
+)->tuple:      # Class ids (H, W), twice, as fastai gives label and its index; probabilities (C, H, W)
+    "The mask of a photograph of any size; `predict_image` can do it at several scales or in windows"
+    image = open_image(item) if isinstance(item, (str, Path)) else item
+    x = torch.tensor(np.asarray(image.convert('RGB') if hasattr(image, 'convert') else image))
+    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3:
+        raise ValueError("predict: expected a path, a PIL image or a uint8 array (H, W, 3), "
+                         f"got {x.dtype} {tuple(x.shape)}")
+    x = normalise(x.permute(2, 0, 1), statistics_of(self.model))[None].to(next(self.model.parameters()).device)
+    with evaluating(self.model): y = self.model(x).float()
+    p = F.interpolate(y, x.shape[-2:], mode='bilinear', align_corners=False)[0].softmax(0).cpu()
+    return p.argmax(0), p.argmax(0), p
+
+@patch
+def export(self:SparseLearner, fname='', **kwargs):
+    "Refused, with what does it"
+    raise NotImplementedError("learn.export pickles the loaders and runs code where it is opened: write the model with "
+                              "save_segmenter(learn.model, folder, classes=learn.dls.vocab) and open it with "
+                              "load_segmenter(folder)")
 
 # %% ../nbs/31_learner.ipynb #78c54457
 def save_segmenter(

@@ -135,7 +135,8 @@ def _low(self:TreeEnergyLoss, size):
 def _high(self:TreeEnergyLoss, size):
     "The embedding of the features before the classifier, at the size of the prediction"
     e, seen = self._embedded, self.x.shape[-2:]
-    added = self.bare.padding(seen) if hasattr(self.bare, 'padding') else (0, 0)
+    padding = getattr(self.bare, 'padding', None)
+    added = padding(seen) if callable(padding) else (0, 0)
     grown = [round(n*(s+a)/s) for n, s, a in zip(size, seen, added)]
     if tuple(e.shape[2:]) != tuple(grown): e = F.interpolate(e, grown, mode='bilinear', align_corners=False)
     return e[...,:size[0],:size[1]]

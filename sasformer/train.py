@@ -285,7 +285,6 @@ def main(args=None):
     out = out or Path('runs')/f"{r.data.partition(':')[0]}_{r.annotation.replace(':', '_')}_{names}_seed{r.seed}"
     if resume and not (out/'state.pt').exists():
         print(f"{out} holds no state to go on from: starting at the first epoch")
-        resume = False
     try:
         announce(r, out, resume, device)
         if r.self_train: result = self_train(r, out, resume, tensorboard, device, teacher, stage, changes)
