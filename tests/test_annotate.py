@@ -286,7 +286,7 @@ class Screen:
         while not (self.page.evaluate(js) and also()):
             said = [self.page.locator(f'#{id}').text_content() for id in ('trouble-text', 'train-said')]
             assert time.time() < end, (js, said)
-            self.page.wait_for_timeout(50)
+            self.page.wait_for_timeout(150)
     def file(self, n): return read_label_map(self.maps.files[self.maps.ids[n]])
     def colour(self, layer, x, y):
         "Of a pixel of the photograph in one layer of the page: red, green, blue, opacity"
