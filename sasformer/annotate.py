@@ -772,11 +772,12 @@ def _view(request, shape):
                               "most 4096×4096")
     return box, size
 
-# %% ../nbs/70_annotate.ipynb #e6d6312c
+# %% ../nbs/70_annotate.ipynb #c98e2843
 class Pages:
     "The answers to the page's requests"
     def __init__(self, maps:LabelSet, options=()):
         self.maps, self.training, self.predictor = maps, Training(maps, options), Predictor(maps)
+        self.closing = False
         self._image = lru_cache(2)(lambda id, stamp: open_image(maps.images[id]))
         self._thumb = lru_cache(4000)(lambda id, stamp: thumbnail(maps.images[id]))
 
@@ -813,7 +814,7 @@ class Pages:
             ids = labels_part(labels, *_view(request, labels.shape))
         return palette_png(ids, self.maps.palette), 'image/png'
 
-# %% ../nbs/70_annotate.ipynb #4ef316e7
+# %% ../nbs/70_annotate.ipynb #d8cc9841
 @patch
 def strokes(self:Pages, request, data):
     id = self._id(request)
@@ -850,7 +851,7 @@ def next(self:Pages, request, data):
 @patch
 def train(self:Pages, request, data):
     "How far the training is; when it is done, the model begins to look at what has no labels"
-    self.predictor.rank(lambda: self.training.running)
+    self.predictor.rank(lambda: self.closing or self.training.running)
     return dict(self.training.state(), model=self.predictor.version, looked_at=len(self.predictor.unsure))
 
 @patch
@@ -862,6 +863,13 @@ def start(self:Pages, request, data):
 def stop(self:Pages, request, data):
     self.training.stop()
     return self.training.state()
+
+@patch
+def close(self:Pages):
+    "Before the process ends: no training goes on unseen, and no model is at work"
+    self.closing = True
+    self.training.stop()
+    self.predictor.lock.acquire(timeout=30)
 
 # %% ../nbs/70_annotate.ipynb #42a4a538
 def annotate_app(
@@ -970,7 +978,7 @@ def annotate_parser():
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
-# %% ../nbs/70_annotate.ipynb #689cbebd
+# %% ../nbs/70_annotate.ipynb #b7eee97d
 def listen(
     port:int,  # 0: any that is free
 ):
@@ -1006,7 +1014,7 @@ def main(args=None):
         import webbrowser
         threading.Timer(.5, webbrowser.open, [link]).start()
     try: server.run(sockets=[sock])
-    finally: app.pages.training.stop()
+    finally: app.pages.close()
 
 # %% ../nbs/70_annotate.ipynb #fdcf5038
 if __name__ == '__main__' and '__file__' in globals(): main()   # as a program, not in a notebook
