@@ -135,7 +135,7 @@ TABLES.update(
 
 # %% ../nbs/65_paper.ipynb #6d682b80
 TABLES.update(
-    scenes=Table('What make demo trains', {
+    scenes=Table('Built-in scenes, points', {
         'baseline': _baseline,
         'sasformer': _sasformer,
         'sasformer-alpha3': dict(_sasformer, alpha=3.),
@@ -225,7 +225,7 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
 
 # %% ../nbs/65_paper.ipynb #acdctable
-TABLES['phantoms'] = Table('Built-in hearts, from scratch, scribbles', {
+TABLES['phantoms'] = Table('What make demo trains: built-in hearts from scribbles, from scratch', {
     'baseline': _baseline,
     'sasformer': _sasformer,
     'tel': _tel,
