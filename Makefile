@@ -16,7 +16,7 @@ $(VENV)/.installed: settings.ini setup.py
 	$(BIN)/pip install --quiet --prefer-binary -e ".[dev,tensorboard]"
 	touch $@
 
-# baseline and SASFormer on the built-in scenes, one core each, then both mIoUs and a picture
+# baseline and SASFormer on the built-in hearts, one core each, then both mIoUs and a picture
 demo: $(VENV)/.installed
 	$(BIN)/python -m sasformer.demo
 
