@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 import sasformer
 from .annotations import (AnnotationError, PADDING, UNLABELLED, draw_lines, read_label_map, replacing,
                                    voc_palette, write_json)
-from .datasets import (IMAGE_SUFFIXES, LayoutError, Source, _class_names, _folder_splits, open_image)
+from .datasets import IMAGE_SUFFIXES, LayoutError, Source, _class_names, _folder_images, open_image
 from .programs import lock_file, one_line, program
 from .train import run_progress
 
@@ -97,9 +97,9 @@ def palette_of(
     return np.concatenate([np.array(COLOURS, np.uint8), voc_palette()])[:n]
 
 def _photographs(images):
-    "Split → {id: file}; of a folder without train/ and val/ the splits say nothing"
-    files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_SUFFIXES]
-    return {'': {files[0].stem: files[0]}} if len(files) == 1 else _folder_splits(images, .5, 0)
+    "Split → {id: file}, as `folder` finds them; one split '' where there is no train/ and val/"
+    images = Path(os.path.abspath(images))
+    return _folder_images(images.parent, (images.name, dict(ending='')), (None, {}))
 
 def set_folder(
     photos:Path,    # A folder of photographs, or a set with images/
@@ -449,15 +449,11 @@ def training_split(
     labelled:list,    # Ids with labels
     val:float=.2,     # Share for validation
 )->tuple:             # The option of `folder` that splits so, and how many of the labelled images are trained on
-    "A part of the labelled images for validation: val/, or the first random part that holds that share of them"
-    if any(f.is_dir() for f in images.iterdir()):
-        held = _folder_splits(images, val, 0)['train']
-        return 'folder', sum(id in held for id in labelled)
-    wanted = max(1, round(val*len(labelled)))
-    for seed in range(1000):
-        held = _folder_splits(images, val, seed)['val']
-        if sum(id in held for id in labelled) == wanted: return f'folder:seed={seed}', len(labelled)-wanted
-    raise AnnotationError(f"{images}: {len(labelled)} labelled photographs leave none for validation")
+    "A part of the labelled images for validation: those of val/, or at least one of them"
+    parts = _photographs(images)
+    if 'train' in parts: return 'folder', sum(id in parts['train'] for id in labelled)
+    held = max(1, round(val*len(labelled)))
+    return f'folder:val={held/len(labelled):.4g}', len(labelled)-held
 
 # %% ../nbs/70_annotate.ipynb #62f3be1e
 class Training:
