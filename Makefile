@@ -31,7 +31,7 @@ chromium:
 
 test: $(VENV)/.installed chromium
 	$(BIN)/nbdev_test --n_workers 2 --timing
-	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile --no-loadscope-reorder tests
 	$(MAKE) test-lowest
 
 # the notebooks that prove fast versions equal to plain ones, once more with the instructions of an old processor: sums are then made
