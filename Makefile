@@ -26,7 +26,7 @@ check: $(VENV)/.installed
 # the page of sasformer_annotate is tested in a real Chromium; where there is none, root of a Debian gets one
 chromium:
 	@which chromium chromium-browser google-chrome | grep -q . \
-	|| { [ "$$(id -u)" = 0 ] && timeout 180 apt-get install -qq -y chromium >/dev/null 2>&1; } \
+	|| { [ "$$(id -u)" = 0 ] && timeout 100 apt-get install -qq -y chromium >/dev/null 2>&1; } \
 	|| echo "no Chromium: the tests of the page of sasformer_annotate are skipped"
 
 test: $(VENV)/.installed chromium

@@ -234,10 +234,12 @@ def test_a_killed_server_loses_at_most_the_last_stroke(photographs, tmp_path):
     labels = read_label_map(file)
     assert any((labels == drawn(sent[:n], labels.shape)).all() for n in (done, done+1))
     process = subprocess.Popen([sys.executable, '-m', 'sasformer.annotate', tmp_path/'photos', '--no-browser'],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)   # it goes on
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,   # it goes on
+                               # a test that was started in the background would hand on that Ctrl-C is ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     link = next(line for line in process.stdout if line.startswith('http'))
     process.send_signal(signal.SIGINT)
-    assert 'every stroke is saved' in process.communicate()[1] and process.returncode == 130
+    assert 'every stroke is saved' in process.communicate(timeout=120)[1] and process.returncode == 130
 
 
 # The page
