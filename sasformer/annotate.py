@@ -602,13 +602,13 @@ class Predictor:
         found = self.newest()
         if found is None: raise LayoutError(f"{self.maps.root}: no model yet; train one first")
         if found == self.loaded: return self.model
-        from sasformer.evaluate import open_model, same_classes
+        from sasformer.evaluate import open_model, run_recipe, same_classes
         from sasformer.machine import this_machine
         run, machine = found[0].parent, this_machine()
         model = open_model(found[0], machine.device)
         same_classes(model, self.maps.source)
-        recipe = json.loads((run/'settings.json').read_text(encoding='utf-8'))['recipe']
-        self.model, self.loaded, self.scale, self.dtype = model, found, recipe['val_scale'], machine.dtype
+        self.model, self.loaded, self.dtype = model, found, machine.dtype
+        self.scale = run_recipe(run/'settings.json')['val_scale']
         self.seen.clear()
         self.unsure.clear()
         return model

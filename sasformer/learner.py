@@ -56,9 +56,11 @@ def _neighbours(i, n, N):
 # %% ../nbs/31_learner.ipynb #7f90cfd8
 def _labelled(logits, target):
     "Which pixels are labelled, (B, H, W) bool; a class that the model does not know is refused"
-    check_labels(target)
     on = target < PADDING
-    if on.any() and (top := target[on].max().item()) >= logits.shape[1]:
+    if not target.numel(): return on
+    least, top = torch.stack([target.min(), target.where(on, 0).max()]).tolist()   # a GPU is waited for once
+    if least < 0: check_labels(target)
+    if top >= logits.shape[1]:
         raise ValueError(f"A label map holds class {top}, and the model knows the classes 0 to {logits.shape[1]-1}")
     return on
 

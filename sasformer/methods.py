@@ -29,6 +29,12 @@ class Method:
         "The `LossTerm`s that do it"
         raise NotImplementedError
 
+    def with_norms(self, loss)->list:
+        "The callbacks of a method with an option `freeze_norms`: its loss, of all other options, and the freezing"
+        from sasformer.terms import FreezeNorms
+        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
+        return [FreezeNorms()]*self.freeze_norms+[loss(**options)]
+
     def meaning(self)->dict:
         "What the options amount to, where some stand for others"
         return dataclasses.asdict(self)
@@ -368,9 +374,7 @@ class AFA(Method):
 
     def callbacks(self):
         from sasformer.afa import AFALoss
-        from sasformer.terms import FreezeNorms
-        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
-        return [FreezeNorms()]*self.freeze_norms+[AFALoss(**options)]
+        return self.with_norms(AFALoss)
 
 # %% ../nbs/24_matching.ipynb #739585c0
 @register_method('maskformer')
@@ -390,9 +394,7 @@ class MaskFormer(Method):
 
     def callbacks(self):
         from sasformer.matching import MaskFormerLoss
-        from sasformer.terms import FreezeNorms
-        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
-        return [FreezeNorms()]*self.freeze_norms+[MaskFormerLoss(**options)]
+        return self.with_norms(MaskFormerLoss)
 
 # %% ../nbs/25_simformer.ipynb #sf250071
 @register_method('simformer')
@@ -441,9 +443,7 @@ class SimFormer(Method):
 
     def callbacks(self):
         from sasformer.simformer import SimFormerLoss
-        from sasformer.terms import FreezeNorms
-        options = {k: v for k, v in vars(self).items() if k != 'freeze_norms'}
-        return [FreezeNorms()]*self.freeze_norms+[SimFormerLoss(**options)]
+        return self.with_norms(SimFormerLoss)
 
 # %% ../nbs/26_crf.ipynb #crl0000f
 @register_method('crf')

@@ -258,3 +258,17 @@ def test_weak_shot_names(photos):
     src = folder(photos)
     for novel, message in ((['cow'], 'has no class'), (src.classes, 'all 6 classes'), ([], 'at least one class')):
         with pytest.raises(AnnotationError, match=message): weak_shot(src, novel)
+
+
+@pytest.mark.parametrize('method, model, annotation', (
+    ('maskformer', 'maskformer_resnet18', 'dense'), ('simformer', 'maskformer_resnet18', 'dense:novel=d')))
+def test_norms_stay_as_pretrained(method, model, annotation):
+    "Weights and statistics of the backbone's batch normalisation, where the option says so"
+    src = data([halves(0, 1), halves(1, 2), halves(0, 2), halves(0, 1)], [[0, 1, 3], [1, 2, 3], [0, 2, 3], [0, 1, 3]])
+    dls = sparse_dataloaders(src, annotation, size=32, bs=4, device='cpu')
+    for frozen in (True, False):
+        learn = sparse_learner(dls, model, f'{method}:freeze_norms={frozen}', lr=.1, precision='fp32', **TINY)
+        before = {k: v.clone() for k, v in learn.model.backbone.state_dict().items() if 'bn' in k}
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        after = learn.model.backbone.state_dict()
+        assert before and all(torch.equal(v, after[k]) for k, v in before.items()) == frozen
