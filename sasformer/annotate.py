@@ -984,6 +984,7 @@ def listen(
     try: sock.bind(('127.0.0.1', port))
     except (OSError, OverflowError) as e:
         raise OSError(f"--port {port}: {getattr(e, 'strerror', None) or e}; 0 takes any that is free") from None
+    sock.listen()   # who follows the link before the server runs waits, and is not refused
     return sock
 
 @program('sasformer_annotate', 'every stroke is saved, and the same command goes on')

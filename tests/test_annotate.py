@@ -494,3 +494,9 @@ def test_the_canvas_in_a_notebook(browser, maps):
     page.get_by_text('▶').click()
     page.wait_for_selector('[data-ready="1"]')
     page.close()
+
+
+def test_a_link_that_is_followed_early_waits():
+    "The link is printed before the server runs: a connection must not be refused"
+    import socket
+    with annotate.listen(0) as sock, socket.create_connection(sock.getsockname(), timeout=5): pass
