@@ -248,7 +248,7 @@ _steps = {
     'complementary': dict(similarity=0., distillation=0.),
     'similarity': {},
     'self-training': dict(self_train=True),
-    'all-masks': dict(method='maskformer', annotation='dense')}
+    'all-masks': dict(method='maskformer', annotation='dense', freeze_norms=True)}
 TABLES.update({name: Table(
     f'SimFormer on MSRC, novel: {novel}', _steps, 3, folder=name,
     note='The rows build on each other, but for the last: all classes have masks. Numbers are of the last epoch.',

@@ -308,9 +308,9 @@ RECIPES = dict(
     simformer_msrc=dict(
         _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
         model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=30, n_layers=2, dropout=0., size=128,
-        width=192, epochs=20, lr=2e-4, head_lr=10., wd=.01, scale_max=1., val_scale=.6, num_workers=0,
+        width=192, epochs=40, lr=2e-4, head_lr=10., wd=.01, scale_max=1., val_scale=.6, num_workers=0,
         validate_every=5,
-        options='simformer:width=64,inside=32,outside=8,novel_points=40'),
+        options='simformer:freeze_norms=true,width=64,inside=32,outside=8,novel_points=40'),
     simformer_scenes=dict(
         method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',
         decoder_dim=64, n_queries=12, n_layers=2, dropout=0., size=128, bs=8, epochs=20, lr=5e-4, clip=.01,
