@@ -336,7 +336,8 @@ class TEL(Method):
         return [TreeEnergyLoss(self.weight, self.sigma, tuple(self.trees))]
 
 # %% ../nbs/23_afa.ipynb #8ae341da
-STAGES = 'cam', 'cam_refined', 'propagated', 'propagated_refined'   # of the label maps that AFA makes of tags
+# the label maps that AFA makes of tags
+STAGES = 'cam', 'cam_refined', 'propagated', 'propagated_refined', 'segmentation'
 
 @register_method('afa')
 @dataclass
