@@ -212,6 +212,14 @@ _cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), n
             thresholds='0.55,0.35')
 _mit = dict(model='segformer_mit_b0', last_stride=1, out_indices=None, norm_features=False, cam_scales='1,0.5,1.5',
             lr=1e-4, head_lr=20., thresholds='0.55,0.35', epochs=10, validate_every=10)
+TABLES['voc_points'] = Table('Part of VOC from human points: a ViT with a linear decoder', {
+    'baseline': _baseline,
+    'sasformer': _sasformer,
+    'tel': _tel,
+    'released': dict(_sasformer, form='released', alpha=1.2, start=0.),
+    'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points',
+    note='Never to be compared with numbers on VOC: the images are another choice.',
+    base=dict(recipe='voc_subset_point', weights='pretrained'))
 TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
     'afa': {},
     'no-affinity': dict(affinity=0.),
