@@ -301,8 +301,8 @@ RECIPES = dict(
                         options='afa:cam_scales=1,labels_from=0.35,propagated_from=0.5,'
                         'pooling=average,thresholds=0.15,0.05'),
     voc_subset_point=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
-                          model='linear_vit_small_patch14_dinov2', size=168, bs=8, epochs=4, lr=2e-5, head_lr=20.,
-                          scale_min=.3, scale_max=.5, val_scale=.4, validate_every=4),
+                          model='linear_vit_small_patch14_dinov2', size=168, bs=8, epochs=3, lr=2e-5, head_lr=20.,
+                          scale_min=.3, scale_max=.5, val_scale=.4, validate_every=3),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
                     decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
     **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
