@@ -10,15 +10,16 @@ __all__ = ['paper_scales', 'image_tensor', 'predict_logits', 'window_starts', 'm
 import math, sys, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn, distributed as dist
 from fastcore.basics import groupby, patch
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar, IN_NOTEBOOK
 from .annotations import replacing, voc_palette, write_label_map
-from .data import denormalise, normalise, statistics_of
-from .datasets import IMAGE_SUFFIXES, open_image
+from .data import colours_of, normalise, pixels, statistics_of
+from .datasets import IMAGE_SUFFIXES, open_bands, open_image, picture
 from .machine import with_lines
 from .metrics import ConfusionMatrix
 from .quick import QuickAttention
@@ -26,23 +27,12 @@ from .refine import dense_crf
 from .segmenters import evaluating
 
 # %% ../nbs/32_inference.ipynb #f898b769
-def _rgb(image):
-    "Path, PIL image or array → upright uint8 array (H, W, 3)"
-    if isinstance(image, (str, Path)): image = open_image(image)
-    if isinstance(image, Image.Image):   # copied only where need be: some are of a hundred million pixels
-        if image.getexif().get(0x0112, 1) > 1: image = ImageOps.exif_transpose(image)
-        if image.mode != 'RGB': image = image.convert('RGB')
-    x = np.asarray(image)
-    if x.dtype != np.uint8 or x.ndim != 3 or x.shape[2] != 3:
-        raise ValueError(f'expected a uint8 array (H, W, 3), got {x.dtype} {x.shape}')
-    return x
-
 def image_tensor(
-    image,           # Path, PIL image, or uint8 array (H, W, 3)
+    image,           # Path, PIL image, or uint8 array (H, W, 3); see `pixels`
     model=None,      # For which model; None: one that expects ImageNet's statistics
-)->torch.Tensor:     # (1, 3, H, W), float32
+)->torch.Tensor:     # (1, 3, H, W), float32; of more channels (1, C, H, W)
     "A photograph as a model's input: upright RGB, normalised as its backbone expects"
-    return normalise(torch.tensor(_rgb(image)).permute(2, 0, 1), statistics_of(model))[None]
+    return normalise(torch.tensor(pixels(image, model)).permute(2, 0, 1), statistics_of(model))[None]
 
 # %% ../nbs/32_inference.ipynb #9fe33063
 def _resize(x, size):
@@ -129,8 +119,7 @@ def multi_scale_logits(
         total = y if total is None else total.add_(y)
     total = total/(len(scales)*(1+flip))
     if crf:
-        image = denormalise(x, statistics_of(model), 1)
-        total = dense_crf(total, image, **(crf if isinstance(crf, dict) else {}))
+        total = dense_crf(total, colours_of(x, model), **(crf if isinstance(crf, dict) else {}))
     # a logarithm, so that the result can stand where logits stand
     return total.clamp_min_(torch.finfo(total.dtype).tiny).log_()
 
@@ -159,6 +148,8 @@ def evaluate(
     if without and annotation == 'dense':
         raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, '
                          f'the first is {without[0]}')
+    if src.channels != (n := len(statistics_of(model)[0])):
+        raise ValueError(f'the images of {src.name} have {src.channels} channels, the model takes {n}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
     for i in _bar(ids, progress):
         y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
@@ -209,7 +200,7 @@ def predict_image(
     "The label map of one photograph; with a window, at scale 1 and without CRF, memory is for one band of scores"
     if kw.get('window') is not None and tuple(scales) == (1.,) and not kw.get('crf'):
         kw.pop('crf', None)
-        return np.concatenate(list(_band_ids(model, _rgb(image), flip, **kw)))
+        return np.concatenate(list(_band_ids(model, pixels(image, model), flip, **kw)))
     return _class_ids(multi_scale_logits(model, image_tensor(image, model), scales, flip, **kw))
 
 # %% ../nbs/32_inference.ipynb #550bec14
@@ -220,7 +211,7 @@ def overlay(
     alpha:float=.5,        # Weight of the colour, 0 to 1
 )->Image.Image:
     "Label map in colour over its image"
-    x, palette = _rgb(image), np.asarray(voc_palette() if palette is None else palette)
+    x, palette = pixels(image), np.asarray(voc_palette() if palette is None else palette)
     if x.shape[:2] != label_map.shape:
         raise ValueError(f'image {x.shape[:2]} and label map {label_map.shape} differ in size')
     drawn = label_map < 254
@@ -265,14 +256,23 @@ class FolderReport:
         return f'{len(self.masks)} masks written, {len(self.skipped)} files skipped' + reasons
 
 # %% ../nbs/32_inference.ipynb #58cb0089
-def _find_images(images, on_error, value_range=None):
+def _opener(model, value_range):
+    "How an image is opened for a model: as a photograph, or with all of its channels"
+    n = len(statistics_of(model)[0])
+    if n == 3: return partial(open_image, value_range=value_range)
+    if value_range:
+        raise ValueError(f'value_range is for grey photographs: the model takes {n} channels, each normalised by its '
+                         'own mean and spread')
+    return partial(open_bands, channels=n)
+
+def _find_images(images, on_error, opener=open_image):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
     if folder: files = sorted(Path(images).iterdir())
     else: files = [Path(images)] if isinstance(images, (str, Path)) else [Path(f) for f in images]
     def problem(f):
-        try: open_image(f, value_range)
+        try: opener(f)
         except (ValueError, OSError) as e: return e
     found, skipped, wanted = {}, {}, []
     for f in files:
@@ -323,8 +323,9 @@ def predict_folder(
     **kw,                   # To `predict_image`: `scales`, `flip`, `crf`, `window`, `dtype`, …
 )->FolderReport:
     "Write a palette PNG mask, upright and of the image's size, and an overlay for every image"
-    palette = voc_palette() if palette is None else palette
-    found, skipped = _find_images(images, on_error, value_range)
+    palette, shown = voc_palette() if palette is None else palette, getattr(model, 'shown', None)
+    opener = _opener(model, value_range)
+    found, skipped = _find_images(images, on_error, opener)
     masks, pictures, key = _outputs(found, Path(out), overlays, classes, overwrite)
     picture_key = legend(classes, palette) if key else None
     (Path(out)/'overlays' if overlays else Path(out)).mkdir(parents=True, exist_ok=True)
@@ -333,15 +334,15 @@ def predict_folder(
     def write(stem, image, label_map):
         if overlays:
             with replacing(pictures[stem]) as tmp:
-                overlay(image, label_map, palette, alpha).save(tmp, format='jpeg', quality=90)
+                overlay(picture(image, shown), label_map, palette, alpha).save(tmp, format='jpeg', quality=90)
         write_label_map(masks[stem], label_map, palette)
     # the next image is read and the last mask written while the model looks at this one
     with ThreadPoolExecutor(2) as pool:
         todo, written = list(found.items()), None
-        upcoming = pool.submit(open_image, todo[0][1], value_range)
+        upcoming = pool.submit(opener, todo[0][1])
         for i, (stem, _) in enumerate(_bar(todo, progress)):
             image = upcoming.result()
-            if i+1 < len(todo): upcoming = pool.submit(open_image, todo[i+1][1], value_range)
+            if i+1 < len(todo): upcoming = pool.submit(opener, todo[i+1][1])
             label_map = predict_image(model, image, **kw)
             if written is not None: written.result()   # raises what went wrong there
             written = pool.submit(write, stem, image, label_map)

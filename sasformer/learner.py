@@ -26,8 +26,7 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import ToModel, global_sum, normalise, statistics_of
-from .datasets import open_image
+from .data import ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
@@ -436,6 +435,14 @@ def _segmenter(name, n_classes, kwargs):
         raise ValueError(_unknown(wrong[1], f"for create_segmenter {own} and what timm's {backbone} takes")) from None
 
 # %% ../nbs/31_learner.ipynb #chkbatch
+def _use_channels(model, src):
+    "The images' own statistics become the model's where they have other than three channels"
+    n = (getattr(model, 'config', None) or {}).get('in_chans', 3)
+    if n != src.channels:
+        raise ValueError(f"the images of {src.name} have {src.channels} channels, the model takes {n}: "
+                         f"create_segmenter(…, in_chans={src.channels})")
+    if n != 3: (model.mean, model.std), model.shown = src.statistics(), src.shown
+
 def check_batch(
     model:nn.Module,  # A segmenter
     bs:int,           # Images of a batch in this process
@@ -485,8 +492,10 @@ def sparse_learner(
     labelled = PartialCrossEntropy(labelled_loss(loss or 'ce', class_weights), loss_at)
     if isinstance(model, str):
         torch.manual_seed(seed)
+        if src.channels != 3: kwargs['in_chans'] = src.channels
         model = _segmenter(model, len(src.classes), kwargs)
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
+    _use_channels(model, src)
     if dls.device is not None: model.to(dls.device)
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
@@ -524,15 +533,11 @@ class OfLabelledPixels(Metric):
 
 @patch
 def predict(self:SparseLearner,
-    item,      # Photograph: path, PIL image, or uint8 array (H, W, 3)
+    item,      # Photograph: path, PIL image, or uint8 array (H, W, 3); see `pixels`
     **kwargs   # fastai's own are not used
 )->tuple:      # Class ids (H, W), twice, as fastai gives label and its index; probabilities (C, H, W)
     "The mask of a photograph of any size; `predict_image` can do it at several scales or in windows"
-    image = open_image(item) if isinstance(item, (str, Path)) else item
-    x = torch.tensor(np.asarray(image.convert('RGB') if hasattr(image, 'convert') else image))
-    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3:
-        raise ValueError("predict: expected a path, a PIL image or a uint8 array (H, W, 3), "
-                         f"got {x.dtype} {tuple(x.shape)}")
+    x = torch.tensor(pixels(item, self.model))
     x = normalise(x.permute(2, 0, 1), statistics_of(self.model))[None].to(next(self.model.parameters()).device)
     with evaluating(self.model): y = self.model(x).float()
     p = F.interpolate(y, x.shape[-2:], mode='bilinear', align_corners=False)[0].softmax(0).cpu()
@@ -562,7 +567,7 @@ def save_segmenter(
                    if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
-                                         mean=model.mean, std=model.std))
+                                         mean=model.mean, std=model.std, shown=model.shown))
 
 def load_segmenter(
     path:Path,           # A `.safetensors` file with `model.json` beside it, or their folder (`best`, else `last`)
@@ -587,6 +592,7 @@ def load_segmenter(
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
+    model.shown = meta.get('shown')
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #startfr1

@@ -248,6 +248,7 @@ class Segmenter(nn.Module):
         multiple:int=1,      # Height and width are padded to a multiple of this, and to at least 32 pixels
         mean:tuple=None,     # Of red, green and blue in [0, 1] that the backbone expects; None: ImageNet's
         std:tuple=None,      # Their standard deviation
+        shown:tuple=None,    # Of more channels three that are shown as red, green and blue, from 1; None: the first
     ):
         super().__init__()
         store_attr()
@@ -393,8 +394,9 @@ def create_segmenter(
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
     n_queries:int=None,     # MaskFormer's proposals, default 100
     n_layers:int=None,      # Layers of MaskFormer's transformer, default 6
-    # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`; `norm_features=True`:
-    # a ViT's last norm for each layer that the decoder takes
+    # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`, `in_chans` (channels of
+    # the images; timm adapts the first convolution's weights); `norm_features=True`: a ViT's last norm for each layer
+    # that the decoder takes
     **kw,
 )->Segmenter:               # In training mode
     "A segmenter by name"
@@ -420,5 +422,7 @@ def create_segmenter(
     options.update(queries)
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
     whole = decoder == 'hrnet' or is_model_in_modules(backbone, (*_vits, *_windows))   # these need whole patches
-    statistics = timm.get_pretrained_cfg(backbone)
-    return Segmenter(net, head, config, stride if whole else 1, tuple(statistics.mean), tuple(statistics.std))
+    cfg, n = timm.get_pretrained_cfg(backbone), kw.get('in_chans', 3)
+    # of other channels nobody knows them: values stay as they are, until `sparse_learner` has counted
+    statistics = (tuple(cfg.mean), tuple(cfg.std)) if n == 3 else ((0.,)*n, (1/255,)*n)
+    return Segmenter(net, head, config, stride if whole else 1, *statistics)
