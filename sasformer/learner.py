@@ -443,6 +443,10 @@ def _use_channels(model, src):
                          f"create_segmenter(…, in_chans={src.channels})")
     if n != 3: (model.mean, model.std), model.shown = src.statistics(), src.shown
 
+def _normalise_for(model, dls):
+    to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
+    for t in to_model: t.statistics = statistics_of(model)
+
 def check_batch(
     model:nn.Module,  # A segmenter
     bs:int,           # Images of a batch in this process
@@ -497,8 +501,7 @@ def sparse_learner(
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
     _use_channels(model, src)
     if dls.device is not None: model.to(dls.device)
-    to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
-    for t in to_model: t.statistics = statistics_of(model)
+    _normalise_for(model, dls)
     callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order, clip)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
@@ -730,6 +733,9 @@ def _restore(self:RunFolder, s):
         raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: "
                          "the schedule would differ")
     self.model.load_state_dict(s['model'])
+    if 'statistics' in s:   # with `allow_changes` the images may have others now
+        self.model.mean, self.model.std = s['statistics']
+        _normalise_for(self.model, self.dls)
     self.opt.load_state_dict(s['opt'])
     if s['scaler'] and getattr(self.learn, 'scaler', None):
         self.learn.scaler.load_state_dict(s['scaler'])   # of float16
@@ -760,7 +766,7 @@ def after_epoch(self:RunFolder):
     state = dict(settings=json.dumps(self.settings, sort_keys=True), data=self._data(),
                  epochs=self.epoch+1, n_epoch=self.n_epoch,
                  rows=self.rows, best=self.best, iou=self.iou, scaler=scaler.state_dict() if scaler else None,
-                 model=self.model.state_dict(), opt=opt)
+                 model=self.model.state_dict(), opt=opt, statistics=statistics_of(self.model))
     with replacing(self.folder/'state.pt') as tmp: torch.save(state, tmp)
     if self.tensorboard:
         for k, v in row.items(): self.board.add_scalar(k, v, row['epoch'])

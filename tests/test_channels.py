@@ -30,13 +30,14 @@ def bands(tmp_path_factory):
         write_label_map(p/f'masks/{i}.png', mask)
     return p
 
-small = ('--size', '32', '--bs', '4', '--epochs', '4', '--decoder_dim', '32', '--precision', 'fp32')
+small = ('--size', '32', '--bs', '4', '--epochs', '8', '--decoder_dim', '32', '--model', 'segformer_test_resnet',
+         '--validate_every', '4', '--precision', 'fp32', '--lr', '3e-3')
 
 @pytest.fixture(scope='module')
 def run(bands):
     out = bands/'run'
     train.main(['--data', 'folder:shown=5+4+3', '--path', str(bands), '--annotation', 'dense', '--method',
-                'sasformer+tel', *small, '--lr', '2e-3', '--out', str(out)])
+                'tel', *small, '--out', str(out)])
     return out
 
 def test_statistics_are_numpys(bands):
@@ -49,7 +50,7 @@ def test_statistics_are_numpys(bands):
 def test_training_learns_from_the_fifth(run, bands):
     meta, result = (json.loads((run/f).read_text()) for f in ('model.json', 'result.json'))
     assert meta['config']['in_chans'] == 5 and len(meta['mean']) == 5 and meta['shown'] == [5, 4, 3]
-    assert result['best_miou'] > .8
+    assert result['best_miou'] > .6   # everything soil: 0.42
     assert {'curves.png', 'examples.png'} <= {f.name for f in run.iterdir()}
 
 def test_resumed_equals_uninterrupted(run, bands, tmp_path, monkeypatch):
@@ -58,12 +59,14 @@ def test_resumed_equals_uninterrupted(run, bands, tmp_path, monkeypatch):
     after = RunFolder.after_epoch
     def stop(self):
         after(self)
-        if self.epoch == 1: raise Stopped
+        if self.epoch == 3: raise Stopped
     args = ['--data', 'folder:shown=5+4+3', '--path', str(bands), '--annotation', 'dense', '--method',
-            'sasformer+tel', *small, '--lr', '2e-3', '--out', str(tmp_path/'r')]
+            'tel', *small, '--out', str(tmp_path/'r')]
     with monkeypatch.context() as m:
         m.setattr(RunFolder, 'after_epoch', stop)
         with pytest.raises(SystemExit): train.main(args)
+    state = torch.load(tmp_path/'r/state.pt', weights_only=True)
+    assert state['statistics'] == folder(bands).statistics()
     train.main([*args, '--resume'])
     one, two = (load_segmenter(d/'last.safetensors') for d in (run, tmp_path/'r'))
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), two.state_dict().values()))
@@ -73,25 +76,22 @@ def test_prediction_and_evaluation(run, bands, tmp_path, capsys):
     predict.main([str(run), str(bands/'images'), '--out', str(tmp_path/'m'), '--device', 'cpu'])
     assert len(list((tmp_path/'m').glob('*.png'))) == 10 and (tmp_path/'m/overlays/0.jpg').exists()
     evaluate.main([str(run), '--out', str(tmp_path/'e.json'), '--device', 'cpu', '--precision', 'fp32'])
-    assert json.loads((tmp_path/'e.json').read_text())['miou'] > .8
+    assert json.loads((tmp_path/'e.json').read_text())['miou'] > .6
     model, src = load_segmenter(run), folder(bands)
     whole = predict_image(model, bands/'images/0.tif')
     assert np.array_equal(whole, predict_image(model, src.image('0')))
     assert predict_image(model, bands/'images/0.tif', window=32).shape == whole.shape
-    assert predict_image(model, bands/'images/0.tif', crf=dict(iterations=1)).shape == whole.shape
 
-def test_onnx(run, bands, tmp_path):
-    pytest.importorskip('onnxruntime')
-    export.main([str(run), str(tmp_path/'m.onnx')])
-    model = export.OnnxSegmenter(tmp_path/'m.onnx')
-    image = bands/'images/0.tif'
-    assert (predict_image(model, image) == predict_image(load_segmenter(run), image)).mean() > .99
-    assert model.shown == [5, 4, 3]
+def test_export_takes_what_the_model_takes(bands):
+    model = create_segmenter('segformer_test_resnet', 2, decoder_dim=32, in_chans=5).eval()
+    model.mean, model.std = folder(bands).statistics()
+    p = export.PhotographModel(model)(torch.tensor(open_bands(bands/'images/0.tif', 5)).permute(2, 0, 1)[None])
+    assert np.array_equal(p[0].argmax(0), predict_image(model, bands/'images/0.tif'))
 
 def test_another_number_is_refused(run, bands, tmp_path):
     Image.new('RGB', (40, 40)).save(tmp_path/'rgb.jpg')
-    for image, expected in ((tmp_path/'rgb.jpg', 'rgb.jpg: has 3 channels, expected 5'),):
-        with pytest.raises(OSError, match=expected): predict_image(load_segmenter(run), image)
+    with pytest.raises(OSError, match='rgb.jpg: has 3 channels, expected 5'):
+        predict_image(load_segmenter(run), tmp_path/'rgb.jpg')
     with pytest.raises(ValueError, match=r'array \(H, W, 5\), got uint8 \(4, 4, 3\)'):
         pixels(np.zeros((4, 4, 3), np.uint8), load_segmenter(run))
     with pytest.raises(OSError, match='0.tif: cannot be read as an image.*folder:channels=N'):
