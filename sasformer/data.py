@@ -340,8 +340,7 @@ def pixels(
         if image.mode != 'RGB': image = image.convert('RGB')
     x = np.asarray(image)
     if x.ndim != 3 or x.shape[2] != n or (x.dtype != np.uint8 if n == 3 else x.dtype.kind not in 'uif'):
-        kind = 'a path, a PIL image or a uint8' if n == 3 else 'a path or an'
-        raise ValueError(f'expected {kind} array (H, W, {n}), got {x.dtype} {x.shape}')
+        raise ValueError(f"expected {'a uint8' if n == 3 else 'an'} array (H, W, {n}), got {x.dtype} {x.shape}")
     return x if n == 3 else x.astype(np.float32, copy=False)
 
 def colours_of(

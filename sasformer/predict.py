@@ -72,7 +72,8 @@ def main(args=None):
     try:
         done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
                               o.overwrite, o.on_error, value_range=o.value_range or run_value_range(o.model),
-                              scales=o.scales, flip=o.flip, crf=o.crf, window=o.window, dtype=machine.dtype)
+                              scales=o.scales, flip=o.flip, crf=o.crf, form=o.form,
+                              window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))
     print(f"{o.out}: {done}")
 
