@@ -9,7 +9,7 @@ __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'SCENE_CLASSES', 'SCENE_PALETTE', 'PHANTOM
            'draw_phantom', 'phantoms']
 
 # %% ../nbs/01_datasets.ipynb #acc856d5
-import csv, difflib, importlib, inspect, io, json, os, re, shutil, tempfile, unicodedata, warnings, zlib
+import csv, difflib, importlib, inspect, io, json, os, re, shutil, sys, tempfile, unicodedata, warnings, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,8 +28,22 @@ IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
 class LayoutError(FileNotFoundError): "A file or folder of a data set is not where its layout has it"
 
+def _colour16(im):
+    "Is it colour of 16 bits? Of that Pillow reads the upper bytes"
+    return im.mode in ('RGB', 'RGBA') and bool(im.tile) and ';16' in str(im.tile[0].args)
+
+def _sixteen_bits(im, path):
+    "Colour of 16 bits, (H, W, C) uint16; the lower bytes are what Pillow reads when it is told the other order"
+    other = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}
+    swap = lambda a: a[:-1]+other[a[-1]] if isinstance(a, str) else (swap(a[0]), *a[1:])
+    if 'LA' in str(im.tile[0].args): raise ValueError("has grey of 16 bits with transparency: save it without")
+    with Image.open(path) as low:
+        low.tile = [t._replace(args=swap(t.args)) for t in low.tile]
+        high, low = (np.asarray(ImageOps.exif_transpose(o)) for o in (im, low))
+        return high.astype(np.uint16)*256+low
+
 def _eight_bits(im, value_range):
-    "Grey of 16 bits, of 32, or of floating point as grey of 8"
+    "Pixels of 16 bits, of 32, or of floating point as such of 8"
     a = np.asarray(im).astype(np.float64)
     if not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
     if not value_range and im.mode == 'F':
@@ -43,16 +57,18 @@ def _eight_bits(im, value_range):
 
 def open_image(
     path,              # Image file
-    value_range=None,  # Of grey of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
+    value_range=None,  # Of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
 )->Image.Image:        # RGB, 8 bits a channel
     "Open any image as RGB: EXIF rotation applied, 16-bit grey brought to 8, transparency laid over white"
     try:
         with opened(path) as im:
-            raw = str(im.tile[0].args) if im.tile else ''
-            if value_range and ';16' in raw and im.mode == 'RGB':
-                raise ValueError("16-bit colour is read as 8 bits: value_range works on grey only")
+            deep = _sixteen_bits(im, path) if value_range and _colour16(im) else None
             ImageOps.exif_transpose(im, in_place=True)   # reads the pixels too; a copy of a large image is dear
             if im.mode[0] in 'IF': im = _eight_bits(im, value_range)
+            if deep is not None:
+                rgb = _eight_bits(deep[..., :3], value_range)
+                if im.mode == 'RGBA': rgb.putalpha(im.getchannel(3))
+                im = rgb
             if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -81,11 +97,10 @@ def _tiff_bands(path, read):
 
 def _pillow_bands(path, read):
     with opened(path) as im:
-        if im.tile and ';16' in str(im.tile[0].args) and im.mode[0] != 'I':
-            raise ValueError("has colour of 16 bits, of which Pillow reads 8: save it as TIFF")
         if im.mode in ('P', 'PA', '1'): raise ValueError(f"has indexed colours (mode {im.mode}), no channels")
         n, turned_ = len(im.getbands()), im.getexif().get(0x0112, 1)
         if not read: return np.broadcast_to(np.uint8(0), (*(im.size if turned_ > 4 else im.size[::-1]), n))
+        if _colour16(im): return _sixteen_bits(im, path)
         return np.asarray(ImageOps.exif_transpose(im)).reshape(*(im.size if turned_ > 4 else im.size[::-1]), n)
 
 # %% ../nbs/01_datasets.ipynb #bands003
@@ -152,7 +167,7 @@ class Source:
     tag_table:dict=None        # Id → names or ids of the image's classes; without an entry tags follow from the labels
     novel:tuple=()             # Ids of classes of which training images have tags only, see `weak_shot`
     colours:dict=None          # (red, green, blue) in a label file → class id or 255, in place of `lut`
-    value_range:tuple=None     # Of grey of more than 8 bits, see `open_image`
+    value_range:tuple=None     # Of more than 8 bits, see `open_image`
     mixed:bool=False           # May images have labels of different kinds?
     channels:int=3             # 3: photographs, see `open_image`; another number: see `open_bands`
     shown:tuple=None           # Three channels that are shown as red, green and blue, counted from 1; None: the first
@@ -493,19 +508,17 @@ def write_tags(
 @patch
 def _range_note(self:Source, n=20):
     "What to say where 16-bit images use little of their range, judged by the first `n`"
-    top, low, grey = 0, 65535, True
+    top, low = 0, 65535
     ids = self.splits['train'][:n] if self.value_range is None and self.channels == 3 else ()
     for x in [self.images[i] for i in ids]:
         if not isinstance(x, Path): continue
         with opened(x) as im:
-            if im.mode[0] != 'I' and not (im.tile and ';16' in str(im.tile[0].args)): continue
-            grey, a = im.mode[0] == 'I', np.asarray(im).astype(int)
-        a = a if grey else a*257   # of colour Pillow reads the upper eight bits
+            if im.mode[0] != 'I' and not _colour16(im): continue
+            a = np.asarray(im) if im.mode[0] == 'I' else _sixteen_bits(im, x)[..., :3]
         top, low = max(top, int(a.max())), min(low, int(a.min()))
     if not 0 < top < 65536//4: return []
-    mend = (f"give the values that are black and white, as in --data folder:value_range={low}+{top}" if grey else
-            "save them with their whole range, or with 8 bits (value_range is for grey)")
-    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: {mend}"]
+    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: give the "
+            f"values that are black and white, as in --data folder:value_range={low}+{top}"]
 
 # %% ../nbs/01_datasets.ipynb #judge001
 @patch
@@ -792,7 +805,7 @@ def folder(
     files = {k: f for p in parts.values() for k, f in p.items()}
     if channels is None: channels = _channels_in(next(iter(files.values())))
     if channels != 3 and value_range:
-        raise AnnotationError(f"value_range: is for grey images; of {channels} channels each is normalised by its own "
+        raise AnnotationError(f"value_range: is for images of three channels or grey; of {channels} each is normalised by its own "
                               "mean and spread")
     three_of(shown, channels)
     if len(files) < sum(map(len, parts.values())):

@@ -287,7 +287,7 @@ def _opener(model, value_range):
     n = len(statistics_of(model)[0])
     if n == 3: return partial(open_image, value_range=value_range)
     if value_range:
-        raise ValueError(f'value_range is for grey photographs: the model takes {n} channels, each normalised by its '
+        raise ValueError(f'value_range is for images of three channels or grey: the model takes {n} channels, each normalised by its '
                          'own mean and spread')
     return partial(open_bands, channels=n)
 
@@ -344,7 +344,7 @@ def predict_folder(
     alpha:float=.5,         # Weight of the colour in overlays
     overwrite:bool=False,   # Replace files that are there
     on_error:str='raise',   # Unreadable image: 'raise' before any work, or 'skip' and say so in the report
-    value_range=None,       # Of grey of more than 8 bits, see `open_image`
+    value_range=None,       # Of more than 8 bits, see `open_image`
     progress=True,          # Show a progress bar; or a function that wraps the images
     **kw,                   # To `predict_image`: `scales`, `flip`, `crf`, `form`, `window`, `dtype`, …
 )->FolderReport:
