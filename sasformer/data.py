@@ -17,7 +17,7 @@ from fastcore.all import *
 from fastai.vision.all import (TfmdDL, DataLoaders, TensorBase, TensorImage, TensorMask, DisplayedTransform,
                                rank_distrib, num_distrib, imagenet_stats)
 import textwrap
-from .annotations import UNLABELLED, PADDING, image_tags, parse_annotation
+from .annotations import UNLABELLED, PADDING, allow_megapixels, image_tags, parse_annotation
 from .datasets import Source, open_bands, open_image, picture, three_of
 
 # %% ../nbs/02_data.ipynb #467ad79f
@@ -204,6 +204,14 @@ class SparseDL(TfmdDL):
             n = n//bs*bs
         super().__init__(dataset, bs=bs//self.world, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last,
                          n=len(range(self.rank, n, self.world)), **kwargs)
+
+    def before_iter(self):
+        self.max_pixels = Image.MAX_IMAGE_PIXELS
+        return super().before_iter()
+
+    def wif(self):   # in a new worker; one that is spawned, not forked, knows nothing of `allow_megapixels`
+        Image.MAX_IMAGE_PIXELS = self.max_pixels
+        allow_megapixels(None)
 
     def get_idxs(self):
         order = (self.order or shuffled)(self.dataset) if self.shuffle else np.arange(len(self.dataset))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'SCENE_CLASSES', 'SCENE_PALETTE', 'PHANTOM_CLASSES', 'PHANTOM_PALETTE', 'LayoutError',
            'open_image', 'open_bands', 'picture', 'three_of', 'Source', 'published_classes', 'weak_shot_split',
-           'weak_shot', 'read_tags', 'write_tags', 'MaskFolder', 'colour_map', 'folder', 'draw_scene', 'scenes',
-           'draw_phantom', 'phantoms']
+           'weak_shot', 'read_tags', 'write_tags', 'MaskFolder', 'colour_map', 'folder', 'black_white', 'draw_scene',
+           'scenes', 'draw_phantom', 'phantoms']
 
 # %% ../nbs/01_datasets.ipynb #acc856d5
 import csv, difflib, importlib, inspect, io, json, os, re, shutil, sys, tempfile, unicodedata, warnings, zlib
@@ -791,7 +791,7 @@ def folder(
 )->Source:              # Without the images that nothing labels; it prints how many, and what else it does not read
     "A folder of images with masks"
     allow_megapixels(max_megapixels)
-    path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), _range(value_range)
+    path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), black_white(value_range)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if kind != 'dense' and kind not in KINDS:
         raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
@@ -899,13 +899,17 @@ def _byte(v, what):
     if not 0 <= v <= 255: raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
     return v
 
-def _range(value_range):
-    "(black, white), or None"
-    if not value_range: return None
-    if len(value_range) != 2 or not value_range[0] < value_range[1]:
-        raise AnnotationError(f"value_range={'+'.join(map(str, value_range))}: expected the values that are black and "
-                              "white, such as 0+4095")
-    return tuple(value_range)
+def black_white(
+    given,          # Two numbers, or text such as '0+4095'; empty: None
+)->tuple|None:
+    "The values that are black and white, checked"
+    if not given: return None
+    text = given if isinstance(given, str) else '+'.join(map(str, given))
+    try: low, high = map(float, text.split('+'))
+    except ValueError: low = high = 0
+    if not -np.inf < low < high < np.inf:
+        raise AnnotationError(f"value_range={text}: expected the values that are black and white, such as 0+4095")
+    return low, high
 
 def _folder_tags(path, tags, parts, dense, classes):
     "Id → class names, of every training image and of every other one without a mask"

@@ -210,7 +210,7 @@ def eval_parser():
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', default=None,
                    help="Data set (default: the one the run was trained on)")
     p.add_argument('--path', type=Path, default=None,
-                   help="Folder of the data set (default: the run's); scenes need none")
+                   help="Folder of the data set (default: the run's); scenes and phantoms need none")
     p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
     p.add_argument('--novel', default=None, metavar='CLASSES',
                    help="Novel classes, with commas between, for mIoU of base and novel ones (default: the run's)")
