@@ -269,7 +269,8 @@ def show_rows(
                             squeeze=False, layout='constrained')
     for axr, row in zip(axs, rows):
         for ax, a in zip(axr, row):
-            ax.imshow(colour_labels(a, src.palette) if a.ndim == 2 else picture(a, src.shown), interpolation='nearest'); ax.axis('off')
+            seen = colour_labels(a, src.palette) if a.ndim == 2 else picture(a, src.shown)
+            ax.imshow(seen, interpolation='nearest'); ax.axis('off')
     for ax, t in zip(axs[0], titles): ax.set_title(t, fontsize=9)
     for ax, note in zip(axs[:,0], notes or ()):
         note = textwrap.shorten(note, int(20*width), placeholder=' …')   # as many letters of this size as fit

@@ -19,9 +19,9 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 import sasformer
 
-from .annotations import (AnnotationError, PADDING, UNLABELLED, allow_megapixels, channels_read, check_label_map,
-                                   image_seed, image_tags, opened, parse_annotation, read_label_map, read_text, replacing,
-                                   simulate, turned, voc_palette, write_label_map)
+from .annotations import (AnnotationError, PADDING, UNLABELLED, allow_megapixels, channels_read,
+                                   check_label_map, image_seed, image_tags, opened, parse_annotation, read_label_map,
+                                   read_text, replacing, simulate, turned, voc_palette, write_label_map)
 
 # %% ../nbs/01_datasets.ipynb #c9f384f7
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
@@ -81,7 +81,8 @@ def _as_bands(a, axes='YXC'):
     axes, shape = list(axes), a.shape
     for k in reversed(range(len(axes))):
         if axes[k] not in 'YX' and shape[k] == 1: a, axes = a.squeeze(k), axes[:k]+axes[k+1:]
-    if not {'Y', 'X'} <= set(axes) or len(axes) > 3: raise ValueError(f"is {tuple(shape)} {''.join(axes)}, expected (H, W, C)")
+    if not {'Y', 'X'} <= set(axes) or len(axes) > 3:
+        raise ValueError(f"is {tuple(shape)} {''.join(axes)}, expected (H, W, C)")
     other = [k for k in range(len(axes)) if axes[k] not in 'YX']
     return a.transpose(axes.index('Y'), axes.index('X'), *other) if other else a[..., None]
 
@@ -805,8 +806,8 @@ def folder(
     files = {k: f for p in parts.values() for k, f in p.items()}
     if channels is None: channels = _channels_in(next(iter(files.values())))
     if channels != 3 and value_range:
-        raise AnnotationError(f"value_range: is for images of three channels or grey; of {channels} each is normalised by its own "
-                              "mean and spread")
+        raise AnnotationError(f"value_range: is for images of three channels or grey; of {channels} each is normalised "
+                              "by its own mean and spread")
     three_of(shown, channels)
     if len(files) < sum(map(len, parts.values())):
         raise LayoutError(f"{path/images[0]}: ids must differ between {', '.join(parts)}")

@@ -287,8 +287,8 @@ def _opener(model, value_range):
     n = len(statistics_of(model)[0])
     if n == 3: return partial(open_image, value_range=value_range)
     if value_range:
-        raise ValueError(f'value_range is for images of three channels or grey: the model takes {n} channels, each normalised by its '
-                         'own mean and spread')
+        raise ValueError(f'value_range is for images of three channels or grey: the model takes {n} channels, each '
+                         'normalised by its own mean and spread')
     return partial(open_bands, channels=n)
 
 def _find_images(images, on_error, opener=open_image):

@@ -30,7 +30,7 @@ from .data import ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
-from .terms import check_labels
+from .terms import FreezeNorms, check_labels
 from .segmenters import create_segmenter, evaluating
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
@@ -448,16 +448,26 @@ def _normalise_for(model, dls):
     for t in to_model: t.statistics = statistics_of(model)
 
 def check_batch(
-    model:nn.Module,  # A segmenter
-    bs:int,           # Images of a batch in this process
+    model:nn.Module,      # A segmenter
+    bs:int,               # Images of a batch in this process
+    size:tuple,           # Height and width of its crops; None: not known
+    frozen:bool=False,    # Are the norms of the backbone left alone?
 ):
-    "Batch normalisation of a globally pooled map has one value a channel where a batch is one image"
-    pooled = any(isinstance(m, nn.AdaptiveAvgPool2d) and isinstance(n, nn.Sequential)
-                 for n in getattr(model, 'decoder', nn.Module()).modules() for m in n.children())
-    if bs*n_processes() > 1 or not pooled: return
+    "Batch normalisation cannot train on one value a channel: a batch of one image, seen as one pixel"
+    if bs*n_processes() > 1 or size is None: return
+    single = []
+    look = lambda norm, args: single.append(norm) if args[0].numel() == args[0].shape[1] else None
+    norms = (model.decoder if frozen else model).modules()
+    hooks = [m.register_forward_pre_hook(look) for m in norms if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    p = next(model.parameters())
+    try:
+        with evaluating(model, False): model(torch.zeros(1, len(statistics_of(model)[0]), *size, device=p.device))
+    finally:
+        for h in hooks: h.remove()
+    if not single: return
     name = (getattr(model, 'config', None) or {}).get('name', type(model).__name__)
-    raise ValueError(f"bs={bs}: {name} normalises a map of one pixel over the batch, and needs a batch size of at "
-                     "least 2 (--bs)")
+    raise ValueError(f"bs={bs}: {name} normalises a map of one pixel over the batch at crops of {size[0]}×{size[1]}: "
+                     "give a batch size of at least 2 (--bs), or larger crops (--size)")
 
 # %% ../nbs/31_learner.ipynb #19e205fe
 def sparse_learner(
@@ -509,7 +519,8 @@ def sparse_learner(
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     group = SegmentationMetrics(len(src.classes), groups=dls.train.dataset.groups)
-    check_batch(model, dls.train.bs)
+    frozen = any(isinstance(cb, FreezeNorms) for cb in L(method))
+    check_batch(model, dls.train.bs, dls.train.dataset.size, frozen)
     learn = SparseLearner(dls, model, labelled, lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),

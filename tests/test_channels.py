@@ -101,8 +101,8 @@ def test_another_number_is_refused(run, bands, tmp_path):
     dls = sparse_dataloaders(folder(bands), 'dense', 32, 2)
     with pytest.raises(ValueError, match='folder have 5 channels, the model takes 3: create_segmenter'):
         sparse_learner(dls, create_segmenter('segformer_mit_b0', 2, decoder_dim=32))
-    for wrong, said in (('channels=many', 'expected how many channels'), ('shown=1+2+6', 'three of the channels 1 to 5'),
-                        ('value_range=0+9', 'of 5 channels each is normalised')):
+    for wrong, said in (('channels=many', 'expected how many channels'), ('shown=1+2+6', 'of the channels 1 to 5'),
+                        ('value_range=0+9', 'or grey; of 5 each is normalised')):
         with pytest.raises(AnnotationError, match=said): get_source(f'folder:{wrong}', bands)
 
 @pytest.mark.parametrize('kind', ['uint8', 'float32', 'pages', 'separate', 'npy', 'png', 'grey'])

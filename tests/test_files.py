@@ -182,7 +182,7 @@ def test_colour_of_sixteen_bits(tmp_path, kind):
     a = np.random.default_rng(0).integers(0, 4096, (5, 7, 3 + (kind == 'alpha'))).astype(np.uint16)
     a[..., 3:], f = 65535, tmp_path/f"a.{'png' if kind in ('png', 'alpha') else 'tif'}"
     if f.suffix == '.png': png16(f, a)
-    else: tifffile.imwrite(f, a, byteorder='>' if kind == 'big' else '<', compression='zlib' if kind == 'zlib' else None)
+    else: tifffile.imwrite(f, a, byteorder='>' if kind == 'big' else '<', compression=None if kind != 'zlib' else kind)
     assert np.array_equal(open_image(f), a[..., :3] >> 8)
     expected = (a[..., :3]/4095*255).round()
     assert np.array_equal(open_image(f, (0, 4095)), expected)
