@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['MEAN_COLOUR', 'Geometry', 'warp_image', 'warp_labels', 'SparseMask', 'ImageTags', 'SparseDataset', 'shuffled',
            'SparseDL', 'global_sum', 'colour_labels', 'blend', 'class_legend', 'show_rows', 'statistics_of',
-           'normalise', 'denormalise', 'ToModel', 'sparse_dataloaders']
+           'normalise', 'denormalise', 'pixels', 'colours_of', 'ToModel', 'sparse_dataloaders']
 
 # %% ../nbs/02_data.ipynb #6f9016dc
 import numpy as np, torch, torch.distributed as dist
-from PIL import Image
+from pathlib import Path
+from PIL import Image, ImageOps
 import matplotlib.pyplot as plt
 from matplotlib.patches import Patch
 from fastcore.all import *
 from fastai.vision.all import (TfmdDL, DataLoaders, TensorBase, TensorImage, TensorMask, DisplayedTransform,
                                rank_distrib, num_distrib, imagenet_stats)
 import textwrap
-from .annotations import UNLABELLED, PADDING, image_tags, parse_annotation
-from .datasets import Source
+from .annotations import UNLABELLED, PADDING, allow_megapixels, image_tags, parse_annotation
+from .datasets import Source, open_bands, open_image, picture, three_of
 
 # %% ../nbs/02_data.ipynb #467ad79f
 class Geometry:
@@ -55,16 +56,22 @@ class Geometry:
 MEAN_COLOUR = np.array(imagenet_stats[0])*255
 
 def warp_image(
-    image:Image.Image,  # RGB
+    image:Image.Image,  # RGB; or array (H, W, C) float32
     g:Geometry,         # What to cut out
-    shift:float=0.,     # Brightness to add, of 255
-)->np.ndarray:          # (H, W, 3) uint8
-    "The visible part of `image`, resized bilinearly and brightened, on a canvas of ImageNet's mean colour"
+    shift=0.,           # Brightness to add, of 255; of an array in its unit, a number or one for each channel
+    fill=None,          # Colour of the canvas; None: ImageNet's mean
+)->np.ndarray:          # (H, W, C), of the image's type
+    "The visible part of `image`, resized bilinearly and brightened, on a canvas of one colour"
     (h, w), (y, x), (sy, sx) = g.seen, g.offset, g.scale
-    box = (x/sx, y/sy, min((x+w)/sx, image.width), min((y+h)/sy, image.height))
-    part = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR, box=box))
+    height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
+    box = (x/sx, y/sy, min((x+w)/sx, width), min((y+h)/sy, height))
+    resized = lambda im: np.asarray(im.resize((w, h), Image.Resampling.BILINEAR, box=box))
+    fill = MEAN_COLOUR.round() if fill is None else fill
+    if isinstance(image, np.ndarray):
+        return g.place(np.dstack([resized(Image.fromarray(a)) for a in image.transpose(2, 0, 1)])+shift, fill)
+    part = resized(image)
     if shift: part = np.clip(part+np.float32(shift), 0, 255).round().astype(np.uint8)
-    return g.place(part, MEAN_COLOUR.round())
+    return g.place(part, fill)
 
 # %% ../nbs/02_data.ipynb #b79fbc43
 def warp_labels(
@@ -119,15 +126,20 @@ class SparseDataset:
         self.ids, self.epoch, self.vocab = list(ids), 0, list(src.classes)
         self.thin = parse_annotation(annotation.removeprefix('sim_'))[0] != 'dense'
         self._cache, self._cached = {}, 0
+        self.fill, self.unit = None, 1   # colour of the canvas, a step of brightness
+        if src.channels != 3:
+            mean, std = (np.float32(s)*255 for s in src.statistics())
+            self.fill, self.unit = mean, std/np.float32(np.mean(imagenet_stats[1])*255)
 
     def __len__(self): return len(self.ids)
 
     def load(self, i):
-        "Image (Pillow, RGB) and label map of item `i`, before augmentation"
+        "Image (as `Source.image` has it) and label map of item `i`, before augmentation"
         if i in self._cache: return self._cache[i]
         image = self.src.image(self.ids[i])
         pair = image, self.src.annotation(self.ids[i], self.annotation)
-        if (w:=4*image.width*image.height) + self._cached <= self.cache_mb*2**20:
+        w = image.nbytes if isinstance(image, np.ndarray) else 4*image.width*image.height
+        if w+self._cached <= self.cache_mb*2**20:
             self._cache[i], self._cached = pair, self._cached+w
         return pair
 
@@ -162,11 +174,11 @@ def __getitem__(self:SparseDataset, i):
     if self.augment:
         rng = np.random.default_rng((self.seed, self.epoch, i))
         g = Geometry.random(labels.shape, self.size, rng, self.scales, self.aspect, self.flip)
-        image = warp_image(image, g, rng.uniform(-self.brightness, self.brightness))
+        image = warp_image(image, g, rng.uniform(-self.brightness, self.brightness)*self.unit, self.fill)
         labels = warp_labels(labels, g, self.thin)
     elif self.size is not None:
         g = Geometry(labels.shape, self.size)
-        image, labels = warp_image(image, g), warp_labels(labels, g, self.thin)
+        image, labels = warp_image(image, g, fill=self.fill), warp_labels(labels, g, self.thin)
     image = TensorImage(torch.tensor(np.array(image)).permute(2, 0, 1))
     return image, SparseMask(torch.tensor(np.array(labels))), self.tags(i, g)
 
@@ -192,6 +204,14 @@ class SparseDL(TfmdDL):
             n = n//bs*bs
         super().__init__(dataset, bs=bs//self.world, shuffle=shuffle, num_workers=num_workers, drop_last=drop_last,
                          n=len(range(self.rank, n, self.world)), **kwargs)
+
+    def before_iter(self):
+        self.max_pixels = Image.MAX_IMAGE_PIXELS
+        return super().before_iter()
+
+    def wif(self):   # in a new worker; one that is spawned, not forked, knows nothing of `allow_megapixels`
+        Image.MAX_IMAGE_PIXELS = self.max_pixels
+        allow_megapixels(None)
 
     def get_idxs(self):
         order = (self.order or shuffled)(self.dataset) if self.shuffle else np.arange(len(self.dataset))
@@ -237,7 +257,7 @@ def class_legend(fig, ids, classes, palette, **kwargs):
                loc='upper center', bbox_to_anchor=(.5, 0), ncols=min(max(len(ids), 1), 8), frameon=False, **kwargs)
 
 def show_rows(
-    rows,           # For each sample a list of arrays: (H, W, 3) images and (H, W) label maps, which are coloured
+    rows,           # For each sample a list of arrays: (H, W, C) images and (H, W) label maps, which are coloured
     titles,         # Of the columns
     src:Source,     # For class names and colours
     width:float=2.2,# Width of a picture, inches
@@ -249,7 +269,8 @@ def show_rows(
                             squeeze=False, layout='constrained')
     for axr, row in zip(axs, rows):
         for ax, a in zip(axr, row):
-            ax.imshow(colour_labels(a, src.palette) if a.ndim == 2 else a, interpolation='nearest'); ax.axis('off')
+            seen = colour_labels(a, src.palette) if a.ndim == 2 else picture(a, src.shown)
+            ax.imshow(seen, interpolation='nearest'); ax.axis('off')
     for ax, t in zip(axs[0], titles): ax.set_title(t, fontsize=9)
     for ax, note in zip(axs[:,0], notes or ()):
         note = textwrap.shorten(note, int(20*width), placeholder=' …')   # as many letters of this size as fit
@@ -267,7 +288,9 @@ def _tag_lines(dl, b, max_n):
 
 def _samples(dl, b, max_n):
     x, y, *_ = dl.decode(b)
-    return [(a.permute(1, 2, 0).numpy().astype(np.uint8), m.numpy().astype(np.uint8))
+    src = dl.dataset.src
+    seen = lambda a: picture(a.astype(np.uint8) if src.channels == 3 else a, src.shown)
+    return [(seen(a.permute(1, 2, 0).numpy()), m.numpy().astype(np.uint8))
             for a,m in zip(x[:max_n].cpu(), y[:max_n].cpu())]
 
 @patch
@@ -290,14 +313,14 @@ def show_results(self:SparseDL, b, out, max_n=4, **kwargs):
 # %% ../nbs/02_data.ipynb #8edbaf56
 def statistics_of(
     model,    # A segmenter, or any model
-)->tuple:     # Mean and standard deviation of red, green and blue in [0, 1]
+)->tuple:     # Mean and standard deviation of red, green and blue (or each channel), 255 counted as 1
     "What the model's backbone expects its images to be normalised with; ImageNet's where it does not say"
     return getattr(model, 'mean', None) or imagenet_stats[0], getattr(model, 'std', None) or imagenet_stats[1]
 
-def _columns(statistics, x, top): return (torch.tensor(s, device=x.device).view(3, 1, 1)*top for s in statistics)
+def _columns(statistics, x, top): return (torch.tensor(s, device=x.device).view(-1, 1, 1)*top for s in statistics)
 
 def normalise(
-    x:torch.Tensor,             # Images of 0 to 255, (…, 3, H, W)
+    x:torch.Tensor,             # Images of 0 to 255, (…, 3, H, W), or channels in their own unit, (…, C, H, W)
     statistics=imagenet_stats,  # From `statistics_of`
 )->torch.Tensor:                # float32
     "Images as a backbone expects them"
@@ -313,12 +336,39 @@ def denormalise(
     mean, std = _columns(statistics, x, top)
     return x*std+mean
 
+# %% ../nbs/02_data.ipynb #bands011
+def pixels(
+    image,        # Path, Pillow image, or array (H, W, C)
+    model=None,   # That is to see it; None: one that takes photographs
+)->np.ndarray:    # (H, W, 3) uint8, upright; float32 where the model takes another number of channels
+    "An image as an array, or an error where a model cannot take it"
+    n, file = len(statistics_of(model)[0]), isinstance(image, (str, Path))
+    if file: image = open_image(image) if n == 3 else open_bands(image, n)
+    if n == 3 and isinstance(image, Image.Image):   # copied only where need be: some are of a hundred million pixels
+        if image.getexif().get(0x0112, 1) > 1: image = ImageOps.exif_transpose(image)
+        if image.mode != 'RGB': image = image.convert('RGB')
+    x = np.asarray(image)
+    if x.ndim != 3 or x.shape[2] != n or (x.dtype != np.uint8 if n == 3 else x.dtype.kind not in 'uif'):
+        raise ValueError(f"expected {'a uint8' if n == 3 else 'an'} array (H, W, {n}), got {x.dtype} {x.shape}")
+    return x if n == 3 else x.astype(np.float32, copy=False)
+
+def colours_of(
+    x:torch.Tensor,  # From `normalise`, (B, C, H, W)
+    model,           # For which
+)->torch.Tensor:     # (B, 3, H, W), float32
+    "Red, green and blue in [0, 1]; of other than three channels those shown, with the mean and spread of photographs"
+    if x.shape[1] == 3: return denormalise(x, statistics_of(model), 1)
+    return denormalise(x[:, three_of(getattr(model, 'shown', None), x.shape[1])], imagenet_stats, 1)
+
+# %% ../nbs/02_data.ipynb #bands010
 class ToModel(DisplayedTransform):
     "uint8 images to normalised floats, label maps to int64, on the batch's device"
     order = 10
     def __init__(self, statistics=imagenet_stats): self.statistics = statistics
     def encodes(self, x:TensorImage): return normalise(x, self.statistics)
-    def decodes(self, x:TensorImage): return denormalise(x, self.statistics).round().clamp(0, 255)
+    def decodes(self, x:TensorImage):
+        y = denormalise(x, self.statistics)
+        return y.round().clamp(0, 255) if x.shape[-3] == 3 else y
     def encodes(self, y:SparseMask): return y.long()
 
 def _size(size): return (size, size) if isinstance(size, int) else tuple(size)

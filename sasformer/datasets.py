@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'SCENE_CLASSES', 'SCENE_PALETTE', 'PHANTOM_CLASSES', 'PHANTOM_PALETTE', 'LayoutError',
-           'open_image', 'Source', 'published_classes', 'weak_shot_split', 'weak_shot', 'read_tags', 'write_tags',
-           'MaskFolder', 'colour_map', 'folder', 'draw_scene', 'scenes', 'draw_phantom', 'phantoms']
+           'open_image', 'open_bands', 'picture', 'three_of', 'Source', 'published_classes', 'weak_shot_split',
+           'weak_shot', 'read_tags', 'write_tags', 'MaskFolder', 'colour_map', 'folder', 'black_white', 'draw_scene',
+           'scenes', 'draw_phantom', 'phantoms']
 
 # %% ../nbs/01_datasets.ipynb #acc856d5
-import csv, difflib, importlib, inspect, io, json, os, re, shutil, tempfile, unicodedata, warnings, zlib
+import csv, difflib, importlib, inspect, io, json, os, re, shutil, sys, tempfile, unicodedata, warnings, zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,17 +19,31 @@ from fastcore.basics import patch
 from PIL import Image, ImageOps
 import sasformer
 
-from .annotations import (AnnotationError, PADDING, UNLABELLED, allow_megapixels, check_label_map, image_seed,
-                                   image_tags, opened, parse_annotation, read_label_map, read_text, replacing,
-                                   simulate, turned, voc_palette, write_label_map)
+from .annotations import (AnnotationError, PADDING, UNLABELLED, allow_megapixels, channels_read,
+                                   check_label_map, image_seed, image_tags, opened, parse_annotation, read_label_map,
+                                   read_text, replacing, simulate, turned, voc_palette, write_label_map)
 
 # %% ../nbs/01_datasets.ipynb #c9f384f7
 IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
 class LayoutError(FileNotFoundError): "A file or folder of a data set is not where its layout has it"
 
+def _colour16(im):
+    "Is it colour of 16 bits? Of that Pillow reads the upper bytes"
+    return im.mode in ('RGB', 'RGBA') and bool(im.tile) and ';16' in str(im.tile[0].args)
+
+def _sixteen_bits(im, path):
+    "Colour of 16 bits, (H, W, C) uint16; the lower bytes are what Pillow reads when it is told the other order"
+    other = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}
+    swap = lambda a: a[:-1]+other[a[-1]] if isinstance(a, str) else (swap(a[0]), *a[1:])
+    if 'LA' in str(im.tile[0].args): raise ValueError("has grey of 16 bits with transparency: save it without")
+    with Image.open(path) as low:
+        low.tile = [t._replace(args=swap(t.args)) for t in low.tile]
+        high, low = (np.asarray(ImageOps.exif_transpose(o)) for o in (im, low))
+        return high.astype(np.uint16)*256+low
+
 def _eight_bits(im, value_range):
-    "Grey of 16 bits, of 32, or of floating point as grey of 8"
+    "Pixels of 16 bits, of 32, or of floating point as such of 8"
     a = np.asarray(im).astype(np.float64)
     if not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
     if not value_range and im.mode == 'F':
@@ -42,21 +57,99 @@ def _eight_bits(im, value_range):
 
 def open_image(
     path,              # Image file
-    value_range=None,  # Of grey of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
+    value_range=None,  # Of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
 )->Image.Image:        # RGB, 8 bits a channel
     "Open any image as RGB: EXIF rotation applied, 16-bit grey brought to 8, transparency laid over white"
     try:
         with opened(path) as im:
-            raw = str(im.tile[0].args) if im.tile else ''
-            if value_range and ';16' in raw and im.mode == 'RGB':
-                raise ValueError("16-bit colour is read as 8 bits: value_range works on grey only")
+            deep = _sixteen_bits(im, path) if value_range and _colour16(im) else None
             ImageOps.exif_transpose(im, in_place=True)   # reads the pixels too; a copy of a large image is dear
             if im.mode[0] in 'IF': im = _eight_bits(im, value_range)
+            if deep is not None:
+                rgb = _eight_bits(deep[..., :3], value_range)
+                if im.mode == 'RGBA': rgb.putalpha(im.getchannel(3))
+                im = rgb
             if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
                 im = im.convert('RGBA')
                 im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
             return im if im.mode == 'RGB' else im.convert('RGB')
     except FileNotFoundError: raise LayoutError(f"{path}: no such image") from None
+
+# %% ../nbs/01_datasets.ipynb #bands002
+def _as_bands(a, axes='YXC'):
+    "An array whose height is Y and width X as (H, W, C)"
+    axes, shape = list(axes), a.shape
+    for k in reversed(range(len(axes))):
+        if axes[k] not in 'YX' and shape[k] == 1: a, axes = a.squeeze(k), axes[:k]+axes[k+1:]
+    if not {'Y', 'X'} <= set(axes) or len(axes) > 3:
+        raise ValueError(f"is {tuple(shape)} {''.join(axes)}, expected (H, W, C)")
+    other = [k for k in range(len(axes)) if axes[k] not in 'YX']
+    return a.transpose(axes.index('Y'), axes.index('X'), *other) if other else a[..., None]
+
+def _tiff_bands(path, read):
+    import tifffile
+    with tifffile.TiffFile(path) as file:
+        page, series = file.pages[0], [s for s in file.series if not s.keyframe.tags.valueof(254, 0) & 5]
+        if len(series) != 1: raise ValueError(f"holds {len(series)} images of different sizes: save each as a file")
+        if page.tags.valueof(274, 1) > 1: raise ValueError("is marked as turned (orientation): save it upright")
+        # without its pixels an image is its shape
+        a = series[0].asarray() if read else np.broadcast_to(np.zeros((), series[0].dtype), series[0].shape)
+        return _as_bands(a, series[0].axes)
+
+def _pillow_bands(path, read):
+    with opened(path) as im:
+        if im.mode in ('P', 'PA', '1'): raise ValueError(f"has indexed colours (mode {im.mode}), no channels")
+        n, turned_ = len(im.getbands()), im.getexif().get(0x0112, 1)
+        if not read: return np.broadcast_to(np.uint8(0), (*(im.size if turned_ > 4 else im.size[::-1]), n))
+        if _colour16(im): return _sixteen_bits(im, path)
+        return np.asarray(ImageOps.exif_transpose(im)).reshape(*(im.size if turned_ > 4 else im.size[::-1]), n)
+
+# %% ../nbs/01_datasets.ipynb #bands003
+def _bands(path, channels, read):
+    "(H, W, channels) of a file; with `read` its numbers, else only their shape and type count"
+    path = Path(path)
+    if not path.exists(): raise LayoutError(f"{path}: no such image")
+    if not path.is_file(): raise OSError(f"{path}: is no file but a folder, a pipe or a device")
+    try:
+        if path.suffix.lower() == '.npy': a = _as_bands(np.load(path, mmap_mode='r'))
+        else: a = (_tiff_bands if path.suffix.lower() in ('.tif', '.tiff') else _pillow_bands)(path, read)
+        if a.shape[2] != channels: raise ValueError(f"has {a.shape[2]} channels, expected {channels}")
+        if a.dtype.kind not in 'uif': raise ValueError(f"has pixels of type {a.dtype}, expected numbers")
+        limit = 2*Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else np.inf
+        if a.shape[0]*a.shape[1] > limit:
+            raise ValueError(f"has {a.shape[0]*a.shape[1]} pixels, more than {limit}: raise --max_megapixels")
+        if read and not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
+    except OSError as e: raise e if str(path) in str(e) else OSError(f"{path}: cannot be read as an image: {e}") from e
+    except Exception as e: raise OSError(f"{path}: {e}") from e   # tifffile has many of its own
+    return a
+
+def open_bands(
+    path,          # TIFF, `.npy` of (H, W, C), or an image whose channels Pillow gives unchanged
+    channels:int,  # That it must have
+)->np.ndarray:     # (H, W, channels) float32, in the file's own unit
+    "All channels of an image"
+    return np.ascontiguousarray(_bands(path, channels, True), np.float32)
+
+def picture(
+    image,         # Pillow image, or array (H, W, C)
+    shown=None,    # Three channels, counted from 1; None: the first three
+)->np.ndarray:     # (H, W, 3) uint8; a photograph as it is
+    "What is shown of an image: of one with other than three channels three, each from its 2nd to its 98th percentile"
+    a = np.asarray(image)
+    if a.dtype == np.uint8 and a.shape[2:] == (3,): return a
+    a = a[..., three_of(shown, a.shape[2])]
+    low, high = np.percentile(a, (2, 98), (0, 1))
+    return (((a-low)/np.maximum(high-low, np.finfo(np.float32).tiny)).clip(0, 1)*255).round().astype(np.uint8)
+
+def three_of(
+    shown,         # Three channels, counted from 1; None: the first three
+    channels:int,  # That there are
+)->list:           # Their indices, from 0
+    "The channels that stand for red, green and blue"
+    if shown and (len(shown) != 3 or not all(1 <= s <= channels for s in shown)):
+        raise AnnotationError(f"shown={'+'.join(map(str, shown))}: expected three of the channels 1 to {channels}, "
+                              "those that are shown as red, green and blue")
+    return [s-1 for s in shown] if shown else [min(i, channels-1) for i in range(3)]
 
 # %% ../nbs/01_datasets.ipynb #84e29fff
 @dataclass(repr=False)
@@ -66,7 +159,7 @@ class Source:
     root:Path              # Its folder; None where it is held in memory
     classes:list           # Class names; their positions are the ids
     splits:dict            # Split name → list of ids
-    images:dict            # Id → image file, or (H, W, 3) uint8
+    images:dict            # Id → image file, or (H, W, 3) uint8; with other `channels` any numbers
     masks:dict             # Id → label file, or (H, W) uint8; an id may be missing
     palette:np.ndarray=None    # (C, 3) uint8; the VOC colours by default
     released:dict=field(default_factory=dict)  # Kind of annotation → reader with `ids` and `label_map(id, shape=…)`
@@ -75,12 +168,15 @@ class Source:
     tag_table:dict=None        # Id → names or ids of the image's classes; without an entry tags follow from the labels
     novel:tuple=()             # Ids of classes of which training images have tags only, see `weak_shot`
     colours:dict=None          # (red, green, blue) in a label file → class id or 255, in place of `lut`
-    value_range:tuple=None     # Of grey of more than 8 bits, see `open_image`
+    value_range:tuple=None     # Of more than 8 bits, see `open_image`
     mixed:bool=False           # May images have labels of different kinds?
+    channels:int=3             # 3: photographs, see `open_image`; another number: see `open_bands`
+    shown:tuple=None           # Three channels that are shown as red, green and blue, counted from 1; None: the first
 
     def __post_init__(self):
         if self.palette is None: self.palette = voc_palette()[:len(self.classes)]
         self.palette, self._cache, self._tags = np.asarray(self.palette, np.uint8), {}, {}
+        self._statistics = None
         names = list(map(str, self.classes))
         if len(names) != len(set(names)):
             twice = next(n for n in names if names.count(n) > 1)
@@ -113,9 +209,10 @@ def _path(x): return x if isinstance(x, Path) else None
 @patch
 def image(self:Source,
     id:str,         # One of `splits`
-)->Image.Image:     # RGB
-    "The image, as `open_image` opens it"
+)->Image.Image:     # RGB; with other than three channels an array (H, W, C) float32
+    "The image, as `open_image` or `open_bands` opens it"
     x = self._get(self.images, id, 'image')
+    if self.channels != 3: return open_bands(x, self.channels) if isinstance(x, Path) else np.asarray(x, np.float32)
     return open_image(x, self.value_range) if isinstance(x, Path) else Image.fromarray(x)
 
 @patch
@@ -125,12 +222,31 @@ def shape(self:Source,
     "Size of the image, from its header"
     x = self._get(self.images, id, 'image')
     if not isinstance(x, Path): return x.shape[:2]
+    if self.channels != 3: return _bands(x, self.channels, False).shape[:2]
     try:
         with opened(x) as im:
             # Pillow turns a TIFF itself, when it reads the pixels
             if im.format == 'TIFF' and im.getexif().get(0x0112, 1) > 1: im.load()
             return im.size if im.getexif().get(0x0112, 1) > 4 else im.size[::-1]
     except FileNotFoundError: raise LayoutError(f"{x}: no such image") from None
+
+# %% ../nbs/01_datasets.ipynb #bands005
+@patch
+def statistics(self:Source)->tuple:   # Of each channel; counted once and kept
+    "Mean and standard deviation over all pixels of the training images, 255 counted as 1"
+    if self._statistics is None:
+        parts = [(a.shape[0]*a.shape[1], a.mean((0, 1)), a.var((0, 1)))
+                 for a in (np.asarray(self.image(i), np.float64) for i in self.splits['train'])]
+        n, means, variances = (np.array(o) for o in zip(*parts))
+        w = (n/n.sum())[:, None]
+        mean = (w*means).sum(0)
+        std = np.sqrt((w*(variances+(means-mean)**2)).sum(0))
+        if (std == 0).any():
+            k = int(np.argmin(std))
+            raise LayoutError(f"{self.name}: channel {k+1} of {len(std)} is {mean[k]:g} at every pixel of the "
+                              f"{len(n)} training images and says nothing: leave it out of the files")
+        self._statistics = tuple((mean/255).tolist()), tuple((std/255).tolist())
+    return self._statistics
 
 # %% ../nbs/01_datasets.ipynb #dace23a4
 def _read_mask(path, lut=None, colours=None):
@@ -393,18 +509,17 @@ def write_tags(
 @patch
 def _range_note(self:Source, n=20):
     "What to say where 16-bit images use little of their range, judged by the first `n`"
-    top, low, grey = 0, 65535, True
-    for x in [self.images[i] for i in self.splits['train'][:n]] if self.value_range is None else ():
+    top, low = 0, 65535
+    ids = self.splits['train'][:n] if self.value_range is None and self.channels == 3 else ()
+    for x in [self.images[i] for i in ids]:
         if not isinstance(x, Path): continue
         with opened(x) as im:
-            if im.mode[0] != 'I' and not (im.tile and ';16' in str(im.tile[0].args)): continue
-            grey, a = im.mode[0] == 'I', np.asarray(im).astype(int)
-        a = a if grey else a*257   # of colour Pillow reads the upper eight bits
+            if im.mode[0] != 'I' and not _colour16(im): continue
+            a = np.asarray(im) if im.mode[0] == 'I' else _sixteen_bits(im, x)[..., :3]
         top, low = max(top, int(a.max())), min(low, int(a.min()))
     if not 0 < top < 65536//4: return []
-    mend = (f"give the values that are black and white, as in --data folder:value_range={low}+{top}" if grey else
-            "save them with their whole range, or with 8 bits (value_range is for grey)")
-    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: {mend}"]
+    return [f"the images have 16 bits, but use {low} to {top} of 0 to 65535 only, so they are nearly black: give the "
+            f"values that are black and white, as in --data folder:value_range={low}+{top}"]
 
 # %% ../nbs/01_datasets.ipynb #judge001
 @patch
@@ -672,20 +787,28 @@ def folder(
     colours=None,       # Of label files, see `colour_map`; or CVAT's labelmap.txt, which is taken if it is there
     value_range=(),     # Of images of more than 8 bits: the values that are black and white, as in 0+4095
     max_megapixels=None,# Millions of pixels of the largest image; None: Pillow's limit, 179
+    channels=None,      # Of the images: 3 makes photographs of them; None: those of the first, if it is such a TIFF
+    shown=(),           # Three of more channels that are shown as red, green and blue, counted from 1, as in 4+3+2
 )->Source:              # Without the images that nothing labels; it prints how many, and what else it does not read
     "A folder of images with masks"
     allow_megapixels(max_megapixels)
-    path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), _range(value_range)
+    path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), black_white(value_range)
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if kind != 'dense' and kind not in KINDS:
         raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")
     if masks == 'masks' and not _there(path, masks) and (tags or any(_there(path, k) for k in KINDS)): masks = None
     images, (mask_dir, mask_kw) = _pattern(images), _pattern(masks or '', ending)
+    if channels is not None: channels = _channel_count(channels, images[1])
     classes, colours, notes = _folder_colours(path, colours, mask_dir, classes)
     if colours and lut is not None:
         raise AnnotationError("colours: ignore, zero_is_unlabelled and values are about ids; give colours the id 255")
     parts = _folder_images(path, images, (mask_dir, mask_kw), tags == 'folders')
     files = {k: f for p in parts.values() for k, f in p.items()}
+    if channels is None: channels = _channels_in(next(iter(files.values())))
+    if channels != 3 and value_range:
+        raise AnnotationError(f"value_range: is for images of three channels or grey; of {channels} each is normalised "
+                              "by its own mean and spread")
+    three_of(shown, channels)
     if len(files) < sum(map(len, parts.values())):
         raise LayoutError(f"{path/images[0]}: ids must differ between {', '.join(parts)}")
     released = {k: MaskFolder(_labels(path, k, dict(ending=ending), parts, notes), lut, colours)
@@ -695,7 +818,7 @@ def folder(
     if palette is None and colours: palette = [next((c for c, i in colours.items() if i == k), (128, 128, 128))
                                                for k in range(len(classes))]
     src = Source(name, path, classes, {}, files, dense, palette, released, lut, kind if masks else 'absent',
-                 colours=colours, value_range=value_range, mixed=True)
+                 colours=colours, value_range=value_range, mixed=True, channels=channels, shown=tuple(shown) or None)
     notes += _unread(path, images[0], parts, mask_dir)
     return _with_splits(src, parts, val, seed, tags, notes)
 
@@ -747,6 +870,22 @@ def _with_splits(src, parts, val, seed, tags, notes):
     for note in notes if os.environ.get('RANK', '0') == '0' else (): print(f"{path}: {note}", flush=True)
     return src
 
+def _channel_count(channels, listing):
+    "The number; with other than three `.npy` files are images too"
+    if not str(channels).isdecimal() or int(channels) < 1:
+        raise AnnotationError(f"channels={channels}: expected how many channels an image has, such as 5")
+    if int(channels) != 3: listing.setdefault('suffixes', (*IMAGE_SUFFIXES, '.npy'))
+    return int(channels)
+
+def _channels_in(file):
+    "Channels of a TIFF of which Pillow would read less; 3: a photograph"
+    if file.suffix.lower() not in ('.tif', '.tiff'): return 3
+    import tifffile
+    try:
+        with tifffile.TiffFile(file) as f: n, read = channels_read(f.pages[0].tags.valueof)
+    except Exception: return 3   # what is wrong with it is said where it is opened
+    return n if n > read else 3
+
 # %% ../nbs/01_datasets.ipynb #folder03
 def _value_table(ignore, zero_is_unlabelled, values):
     "Value in a label file → class id or 255; None where every value stays"
@@ -761,13 +900,17 @@ def _byte(v, what):
     if not 0 <= v <= 255: raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
     return v
 
-def _range(value_range):
-    "(black, white), or None"
-    if not value_range: return None
-    if len(value_range) != 2 or not value_range[0] < value_range[1]:
-        raise AnnotationError(f"value_range={'+'.join(map(str, value_range))}: expected the values that are black and "
-                              "white, such as 0+4095")
-    return tuple(value_range)
+def black_white(
+    given,          # Two numbers, or text such as '0+4095'; empty: None
+)->tuple|None:
+    "The values that are black and white, checked"
+    if not given: return None
+    text = given if isinstance(given, str) else '+'.join(map(str, given))
+    try: low, high = map(float, text.split('+'))
+    except ValueError: low = high = 0
+    if not -np.inf < low < high < np.inf:
+        raise AnnotationError(f"value_range={text}: expected the values that are black and white, such as 0+4095")
+    return low, high
 
 def _folder_tags(path, tags, parts, dense, classes):
     "Id → class names, of every training image and of every other one without a mask"

@@ -46,6 +46,9 @@ def inference_options(parser):
                         help="Sizes to look at, as factors of the image's: 0.5,1,1.5 or 'paper' for 0.5,0.75,…,2 "
                              "(default: 1)")
     parser.add_argument('--flip', action='store_true', help="Look at the mirror image too")
+    parser.add_argument('--form', choices=('default', 'released'), default='default',
+                        help="released: the image is stretched to 512×512 and scores are summed over sizes and mirror "
+                             "images; default: at its own aspect, probabilities are averaged (default: default)")
     parser.add_argument('--crf', action='store_true',
                         help="Refine the probabilities with a dense CRF, on the CPU, which takes some seconds an image")
     parser.add_argument('--window', type=window_side, default=None, metavar='PIXELS',
@@ -207,7 +210,7 @@ def eval_parser():
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', default=None,
                    help="Data set (default: the one the run was trained on)")
     p.add_argument('--path', type=Path, default=None,
-                   help="Folder of the data set (default: the run's); scenes need none")
+                   help="Folder of the data set (default: the run's); scenes and phantoms need none")
     p.add_argument('--split', default='val', help="Which part of the data set (default: val)")
     p.add_argument('--novel', default=None, metavar='CLASSES',
                    help="Novel classes, with commas between, for mIoU of base and novel ones (default: the run's)")
@@ -249,7 +252,7 @@ def report(cm, src, o, machine, seconds, processes, stages=None, groups=(), part
     if not o.out: return
     write_json(o.out, dict(
         model=str(o.model), data=src.name, split=o.split, images=images, labels=annotation, scales=list(o.scales),
-        flip=o.flip, crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
+        flip=o.flip, form=o.form, crf=o.crf, window=o.window, device=str(machine.device), precision=machine.precision,
         **result(cm, src.classes, groups),
         **({'dice': dict(of=o.dice_of.pattern, groups=len(parts), mean=dice)} if dice else {}),
         **({'stages': {k: result(m, src.classes) for k, m in stages.items()}} if stages else {}),
@@ -287,8 +290,8 @@ def main(args=None):
         if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}", flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
-        kw = dict(scales=o.scales, flip=o.flip, progress=first, distributed=n > 1, crf=o.crf, window=o.window,
-                  dtype=machine.dtype, annotation=labels_of(o.model, src, o.split))
+        kw = dict(scales=o.scales, flip=o.flip, progress=first, distributed=n > 1, crf=o.crf, form=o.form,
+                  window=o.window, dtype=machine.dtype, annotation=labels_of(o.model, src, o.split))
         parts = evaluate_groups(model, src, group, o.split, **kw) if group else {}
         cm = sum_of(parts.values()) if parts else evaluate(model, src, o.split, **kw)
         stages = measure_stages(model, options, src, o) if first and o.stages else {}

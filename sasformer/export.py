@@ -23,7 +23,7 @@ class PhotographModel(nn.Module):
         for name in ('mean', 'std'): self.register_buffer(name, 255*torch.tensor(getattr(model, name))[:,None,None])
 
     def forward(self,
-        image:torch.Tensor,  # RGB of 0 to 255, (B, 3, H, W), float32
+        image:torch.Tensor,  # RGB of 0 to 255, (B, 3, H, W), float32; or the channels that the model takes
     )->torch.Tensor:         # Probabilities, (B, C, H, W)
         y = self.model((image-self.mean)/self.std)
         return F.interpolate(y, image.shape[-2:], mode='bilinear', align_corners=False).softmax(1)
@@ -43,7 +43,7 @@ def export_onnx(
     shapes = dict(image={axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)})
     photographs, was = PhotographModel(model).eval(), model.training
     side = 64 if model.multiple == 1 else 5*model.multiple
-    example = torch.zeros(2, 3, side, side+max(32, model.multiple), device=device)
+    example = torch.zeros(2, len(photographs.mean), side, side+max(32, model.multiple), device=device)
     level = logging.getLogger('torch.onnx').level
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     try:
@@ -61,7 +61,7 @@ def export_onnx(
     classes = list(map(str, classes or getattr(model, 'classes', None) or []))
     palette = palette if palette is not None else getattr(model, 'palette', None)
     if palette is not None: palette = np.asarray(palette).tolist()
-    about = dict(classes=classes, palette=palette, config=model.config)
+    about = dict(classes=classes, palette=palette, config=model.config, shown=getattr(model, 'shown', None))
     proto.metadata_props.add(key='sasformer', value=json.dumps(about))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp: onnx.save_model(proto, str(tmp), save_as_external_data=False)
@@ -70,7 +70,7 @@ def export_onnx(
 # %% ../nbs/36_export.ipynb #5f9787df
 class OnnxSegmenter(nn.Module):
     "A segmenter that `export_onnx` has written, run by onnxruntime on the CPU"
-    multiple, mean, std = 1, (0., 0., 0.), (1/255,)*3   # it takes photographs as they are
+    multiple = 1
     def __init__(self,
         path,                 # `.onnx` file
         threads:int=None,     # Of the CPU; None: as PyTorch's
@@ -87,12 +87,14 @@ class OnnxSegmenter(nn.Module):
         about = self.session.get_modelmeta().custom_metadata_map.get('sasformer')
         if about is None: raise ValueError(f"{path}: is no segmenter that export_onnx wrote: its metadata lacks it")
         about = json.loads(about)
-        self.classes, self.config = about['classes'], about['config']
+        self.classes, self.config, self.shown = about['classes'], about['config'], about.get('shown')
+        n = (self.config or {}).get('in_chans', 3)
+        self.mean, self.std = (0.,)*n, (1/255,)*n   # it takes images as they are
         self.palette = None if about['palette'] is None else np.uint8(about['palette'])
         self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)   # a model has a device: where its weights are
 
     def forward(self,
-        x:torch.Tensor,   # RGB of 0 to 255, (B, 3, H, W)
+        x:torch.Tensor,   # RGB of 0 to 255, (B, 3, H, W); or the channels that the model takes
     )->torch.Tensor:      # Logarithms of the probabilities, (B, C, H, W)
         y, = self.session.run(None, dict(image=x.float().cpu().contiguous().numpy()))
         return torch.from_numpy(y).clamp_min(torch.finfo(torch.float32).tiny).log()

@@ -208,7 +208,7 @@ def _simulate_options(p):
                         "novel=cow+bicycle leaves classes out (default: scribble)")
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', default=None,
                    help="Data set whose dense masks to start from; give this or --masks")
-    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
+    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes and phantoms need none")
     p.add_argument('--split', default=None, help="Which part of the data set, or all (default: train)")
     p.add_argument('--masks', type=Path, default=None, metavar='FOLDER',
                    help="Folder of dense masks (PNG, with sub-folders), in place of a data set")
@@ -238,14 +238,14 @@ def _convert_options(p):
 
 def _stats_options(p):
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', required=True, help="Data set")
-    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
+    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes and phantoms need none")
     p.add_argument('--annotation', default='scribble',
                    help="Labels to count, as in training: scribble, sim_point, block20, tag … (default: scribble)")
     p.add_argument('--split', default='train', help="Which part of the data set (default: train)")
 
 def _tags_options(p):
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', required=True, help="Data set")
-    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes need none")
+    p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes and phantoms need none")
     p.add_argument('--split', default='all', help="Which part of the data set, or all (default: all)")
 
 # %% ../nbs/63_labels.ipynb #pseudoopts

@@ -26,12 +26,11 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
 from timm.layers import convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import ToModel, global_sum, normalise, statistics_of
-from .datasets import open_image
+from .data import ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
-from .terms import check_labels
+from .terms import FreezeNorms, check_labels
 from .segmenters import create_segmenter, evaluating
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
@@ -436,17 +435,39 @@ def _segmenter(name, n_classes, kwargs):
         raise ValueError(_unknown(wrong[1], f"for create_segmenter {own} and what timm's {backbone} takes")) from None
 
 # %% ../nbs/31_learner.ipynb #chkbatch
+def _use_channels(model, src):
+    "The images' own statistics become the model's where they have other than three channels"
+    n = (getattr(model, 'config', None) or {}).get('in_chans', 3)
+    if n != src.channels:
+        raise ValueError(f"the images of {src.name} have {src.channels} channels, the model takes {n}: "
+                         f"create_segmenter(…, in_chans={src.channels})")
+    if n != 3: (model.mean, model.std), model.shown = src.statistics(), src.shown
+
+def _normalise_for(model, dls):
+    to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
+    for t in to_model: t.statistics = statistics_of(model)
+
 def check_batch(
-    model:nn.Module,  # A segmenter
-    bs:int,           # Images of a batch in this process
+    model:nn.Module,      # A segmenter
+    bs:int,               # Images of a batch in this process
+    size:tuple,           # Height and width of its crops; None: not known
+    frozen:bool=False,    # Are the norms of the backbone left alone?
 ):
-    "Batch normalisation of a globally pooled map has one value a channel where a batch is one image"
-    pooled = any(isinstance(m, nn.AdaptiveAvgPool2d) and isinstance(n, nn.Sequential)
-                 for n in getattr(model, 'decoder', nn.Module()).modules() for m in n.children())
-    if bs*n_processes() > 1 or not pooled: return
+    "Batch normalisation cannot train on one value a channel: a batch of one image, seen as one pixel"
+    if bs*n_processes() > 1 or size is None: return
+    single = []
+    look = lambda norm, args: single.append(norm) if args[0].numel() == args[0].shape[1] else None
+    norms = (model.decoder if frozen else model).modules()
+    hooks = [m.register_forward_pre_hook(look) for m in norms if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    p = next(model.parameters())
+    try:
+        with evaluating(model, False): model(torch.zeros(1, len(statistics_of(model)[0]), *size, device=p.device))
+    finally:
+        for h in hooks: h.remove()
+    if not single: return
     name = (getattr(model, 'config', None) or {}).get('name', type(model).__name__)
-    raise ValueError(f"bs={bs}: {name} normalises a map of one pixel over the batch, and needs a batch size of at "
-                     "least 2 (--bs)")
+    raise ValueError(f"bs={bs}: {name} normalises a map of one pixel over the batch at crops of {size[0]}×{size[1]}: "
+                     "give a batch size of at least 2 (--bs), or larger crops (--size)")
 
 # %% ../nbs/31_learner.ipynb #19e205fe
 def sparse_learner(
@@ -485,11 +506,12 @@ def sparse_learner(
     labelled = PartialCrossEntropy(labelled_loss(loss or 'ce', class_weights), loss_at)
     if isinstance(model, str):
         torch.manual_seed(seed)
+        if src.channels != 3: kwargs['in_chans'] = src.channels
         model = _segmenter(model, len(src.classes), kwargs)
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
+    _use_channels(model, src)
     if dls.device is not None: model.to(dls.device)
-    to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
-    for t in to_model: t.statistics = statistics_of(model)
+    _normalise_for(model, dls)
     callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order, clip)
     # without a display, fastprogress would fill a log file with control characters
     live = (IN_NOTEBOOK or sys.stdout.isatty()) and is_first()
@@ -497,7 +519,8 @@ def sparse_learner(
     lrs = np.array([lr, lr, lr*head_lr, lr*head_lr])
     wds = [wd, 0. if no_decay else wd]*2
     group = SegmentationMetrics(len(src.classes), groups=dls.train.dataset.groups)
-    check_batch(model, dls.train.bs)
+    frozen = any(isinstance(cb, FreezeNorms) for cb in L(method))
+    check_batch(model, dls.train.bs, dls.train.dataset.size, frozen)
     learn = SparseLearner(dls, model, labelled, lr=lrs, wd=wds, wd_bn_bias=True, train_bn=False,
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
@@ -524,15 +547,11 @@ class OfLabelledPixels(Metric):
 
 @patch
 def predict(self:SparseLearner,
-    item,      # Photograph: path, PIL image, or uint8 array (H, W, 3)
+    item,      # Photograph: path, PIL image, or uint8 array (H, W, 3); see `pixels`
     **kwargs   # fastai's own are not used
 )->tuple:      # Class ids (H, W), twice, as fastai gives label and its index; probabilities (C, H, W)
     "The mask of a photograph of any size; `predict_image` can do it at several scales or in windows"
-    image = open_image(item) if isinstance(item, (str, Path)) else item
-    x = torch.tensor(np.asarray(image.convert('RGB') if hasattr(image, 'convert') else image))
-    if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[2] != 3:
-        raise ValueError("predict: expected a path, a PIL image or a uint8 array (H, W, 3), "
-                         f"got {x.dtype} {tuple(x.shape)}")
+    x = torch.tensor(pixels(item, self.model))
     x = normalise(x.permute(2, 0, 1), statistics_of(self.model))[None].to(next(self.model.parameters()).device)
     with evaluating(self.model): y = self.model(x).float()
     p = F.interpolate(y, x.shape[-2:], mode='bilinear', align_corners=False)[0].softmax(0).cpu()
@@ -562,7 +581,7 @@ def save_segmenter(
                    if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
-                                         mean=model.mean, std=model.std))
+                                         mean=model.mean, std=model.std, shown=model.shown))
 
 def load_segmenter(
     path:Path,           # A `.safetensors` file with `model.json` beside it, or their folder (`best`, else `last`)
@@ -587,6 +606,7 @@ def load_segmenter(
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
+    model.shown = meta.get('shown')
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #startfr1
@@ -724,6 +744,9 @@ def _restore(self:RunFolder, s):
         raise ValueError(f"{self.folder} holds a run of {s['n_epoch']} epochs, not {self.n_epoch}: "
                          "the schedule would differ")
     self.model.load_state_dict(s['model'])
+    if 'statistics' in s:   # with `allow_changes` the images may have others now
+        self.model.mean, self.model.std = s['statistics']
+        _normalise_for(self.model, self.dls)
     self.opt.load_state_dict(s['opt'])
     if s['scaler'] and getattr(self.learn, 'scaler', None):
         self.learn.scaler.load_state_dict(s['scaler'])   # of float16
@@ -754,7 +777,7 @@ def after_epoch(self:RunFolder):
     state = dict(settings=json.dumps(self.settings, sort_keys=True), data=self._data(),
                  epochs=self.epoch+1, n_epoch=self.n_epoch,
                  rows=self.rows, best=self.best, iou=self.iou, scaler=scaler.state_dict() if scaler else None,
-                 model=self.model.state_dict(), opt=opt)
+                 model=self.model.state_dict(), opt=opt, statistics=statistics_of(self.model))
     with replacing(self.folder/'state.pt') as tmp: torch.save(state, tmp)
     if self.tensorboard:
         for k, v in row.items(): self.board.add_scalar(k, v, row['epoch'])

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 import timm
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models import load_state_dict, load_state_dict_from_hf
 from timm.models.pvt_v2 import PyramidVisionTransformerV2
 
@@ -226,6 +226,9 @@ def load_mit_weights(
     cut += [n for n in weights if n.startswith('head.') and (n not in target or target[n].shape != weights[n].shape)]
     full = weights.copy()
     for n in cut: del weights[n]
+    first = 'patch_embed.proj.weight'
+    if first in weights and (n := target[first].shape[1]) != weights[first].shape[1]:
+        weights[first] = adapt_input_conv(n, weights[first])
     if problem := _problems(weights, target):
         raise ValueError(f'{source} does not fit the model: {problem}. '
                          f'The file holds {_architecture(full)}, the model is {_architecture(target)}')

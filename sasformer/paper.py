@@ -267,7 +267,7 @@ TABLES.update({name: Table(
 # %% ../nbs/65_paper.ipynb #ddbab6a8
 def cell_recipe(
     cell:dict,        # Fields of `Recipe` and options of its methods, as from `table_cells`
-    path=None,        # Folder of the data set; scenes need none
+    path=None,        # Folder of the data set; scenes and phantoms need none
     weights=None,     # File where the cell says 'pretrained'
 )->Recipe:
     "The recipe of a cell; options of a method that it does not use mean nothing"
@@ -634,12 +634,13 @@ def paper_parser():
     sheet = command('sheet', "Predictions of the chosen cells (seed 0) as a picture")
     for c in (ls, run, sheet):
         c.add_argument('--only', default='',
-                       help="Only cells whose name contains one of these, with commas between (default: all)")
+                       help="Only the cells of these names, with commas between; what is no cell's whole name may be "
+                            "a part of it (default: all)")
         c.add_argument('--work', type=Path, default=Path('runs'), help="Folder of the runs themselves (default: runs)")
     for c in (ls, run):
         c.add_argument('--seeds', type=int, default=None, help="Seeds 0 to this minus one (default: the table's)")
     for c in (run, sheet):
-        c.add_argument('--path', default=None, help="Folder of the data set (default: none, scenes need none)")
+        c.add_argument('--path', default=None, help="Folder of the data set (scenes and phantoms need none)")
     run.add_argument('--weights', default=None,
                      help="Backbone weights for the cells that start from 'pretrained' (default: none)")
     run.add_argument('--jobs', type=int, default=1, help="Cells side by side (default: 1)")
@@ -662,7 +663,10 @@ def paper_parser():
 
 # %% ../nbs/65_paper.ipynb #3f96020c
 def _chosen(o, table, seeds=None):
-    cells = {k: v for k, v in table_cells(table, o.size, seeds).items() if any(part in k for part in o.only.split(','))}
+    cells = table_cells(table, o.size, seeds)
+    parts = [p.strip() for p in o.only.split(',')]
+    chosen = lambda k: any(k == part if part in cells else part in k for part in parts)
+    cells = {k: v for k, v in cells.items() if chosen(k)}
     if not cells: raise ValueError(f"--only {o.only}: no cell of {table} has such a name")
     return cells
 

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from .programs import program
 from .annotations import allow_megapixels
+from .datasets import black_white
 from .evaluate import inference_options, open_model, run_value_range
 
 # %% ../nbs/62_predict.ipynb #66ad8b84
@@ -21,11 +22,9 @@ def share(s):
     return v
 
 def value_range(s):
-    "'0+4095' as two numbers"
-    try: low, high = map(float, s.split('+'))
-    except ValueError: low = high = 0
-    if not low < high: raise argparse.ArgumentTypeError(f"{s!r}: expected two values with + between, such as 0+4095")
-    return low, high
+    "`black_white`, for a command line"
+    try: return black_white(s)
+    except ValueError as e: raise argparse.ArgumentTypeError(e) from None
 
 def predict_parser():
     p = argparse.ArgumentParser(
@@ -72,7 +71,8 @@ def main(args=None):
     try:
         done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
                               o.overwrite, o.on_error, value_range=o.value_range or run_value_range(o.model),
-                              scales=o.scales, flip=o.flip, crf=o.crf, window=o.window, dtype=machine.dtype)
+                              scales=o.scales, flip=o.flip, crf=o.crf, form=o.form,
+                              window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))
     print(f"{o.out}: {done}")
 

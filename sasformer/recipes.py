@@ -26,7 +26,7 @@ class Recipe:
     # Data set: scenes, phantoms, camvid, voc2012, cityscapes, ade20k, coco2014, cocostuff10k or folder; with options
     # of its constructor: folder:masks=labels,ending=_mask,kind=scribble,ignore=0+254,values=255:1
     data:str = 'scenes'
-    path:str|None = None             # Folder of the data set; scenes need none
+    path:str|None = None             # Folder of the data set; scenes and phantoms need none
     # Training labels: dense, point, scribble, tag, block10, block20, block50, or best (of each image the label that
     # says most); as in 'scribble:length=0.5,drop=0.2'
     annotation:str = 'scribble'

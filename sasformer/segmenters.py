@@ -248,6 +248,7 @@ class Segmenter(nn.Module):
         multiple:int=1,      # Height and width are padded to a multiple of this, and to at least 32 pixels
         mean:tuple=None,     # Of red, green and blue in [0, 1] that the backbone expects; None: ImageNet's
         std:tuple=None,      # Their standard deviation
+        shown:tuple=None,    # Of more channels three: what is shown as red, green and blue, from 1; None: the first
     ):
         super().__init__()
         store_attr()
@@ -318,13 +319,15 @@ def list_segmenters(
 
 # %% ../nbs/11_segmenters.ipynb #c307eb85
 # timm's modules whose models know one image size: positions or windows are learned for it
-_one_size = ('beit', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit',
+_one_size = ('beit', 'byoanet', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit',
              'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
+_any_size = 'lambda_resnet26t', 'lambda_resnet50ts'   # of byoanet; the others know positions
 _windows = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')   # timm makes these flexible
 
 def _check_size(name, backbone, kw):
     "Refuse a backbone that works at one size only, unless that size is named"
-    if 'img_size' in kw or not is_model_in_modules(backbone, _one_size): return
+    if 'img_size' in kw or backbone.partition('.')[0] in _any_size: return
+    if not is_model_in_modules(backbone, _one_size): return
     raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and "
                      "photographs of any; choose another backbone, or name its size "
                      "(create_segmenter(…, img_size=224)) and keep to it")
@@ -393,8 +396,9 @@ def create_segmenter(
     dropout:float=None,     # Dropout of the decoder, default the decoder's own
     n_queries:int=None,     # MaskFormer's proposals, default 100
     n_layers:int=None,      # Layers of MaskFormer's transformer, default 6
-    # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`; `norm_features=True`:
-    # a ViT's last norm for each layer that the decoder takes
+    # The backbone's `last_stride`, `drop_path_rate`, `img_size`, `out_indices`, `output_stride`, `in_chans` (of the
+    # images; weights of the first convolution are adapted as timm does); `norm_features=True`: a ViT's last norm for
+    # each layer that the decoder takes
     **kw,
 )->Segmenter:               # In training mode
     "A segmenter by name"
@@ -419,6 +423,9 @@ def create_segmenter(
     if decoder == 'deeplabv3plus': options['stride'] = stride
     options.update(queries)
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
-    whole = decoder == 'hrnet' or is_model_in_modules(backbone, (*_vits, *_windows))   # these need whole patches
-    statistics = timm.get_pretrained_cfg(backbone)
-    return Segmenter(net, head, config, stride if whole else 1, tuple(statistics.mean), tuple(statistics.std))
+    # these need whole patches
+    whole = decoder == 'hrnet' or is_model_in_modules(backbone, (*_vits, *_windows, 'byoanet', 'csatv2'))
+    cfg, n = timm.get_pretrained_cfg(backbone), kw.get('in_chans', 3)
+    # of other channels nobody knows them: values stay as they are, until `sparse_learner` has counted
+    statistics = (tuple(cfg.mean), tuple(cfg.std)) if n == 3 else ((0.,)*n, (1/255,)*n)
+    return Segmenter(net, head, config, stride if whole else 1, *statistics)

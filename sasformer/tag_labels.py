@@ -11,7 +11,7 @@ from pathlib import Path
 from .afa import label_stages, load_heads
 from .annotations import UNLABELLED, write_label_map
 from .cam import foreground, id_table
-from .data import denormalise, statistics_of
+from .data import colours_of
 from .inference import image_tensor
 from .learner import load_segmenter
 from .methods import STAGES, parse_method
@@ -60,7 +60,7 @@ def image_stages(
     heads, (ids, none) = model.auxiliary['afa'], foreground(classes)
     device = next(model.parameters()).device
     x = image_tensor(image, model).to(device)
-    pictures = denormalise(x, statistics_of(model), 1)
+    pictures = colours_of(x, model)
     small = x if scale == 1 else F.interpolate(x, [max(32, round(n*scale)) for n in x.shape[-2:]], mode='bilinear')
     on = torch.tensor([[float(i in tags) for i in ids]], device=device)
     if none is None: kw['thresholds'] = (-1.,)   # some class always wins

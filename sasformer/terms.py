@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from fastcore.all import *
 from fastai.vision.all import Callback
 from .machine import n_processes
-from .data import denormalise, global_sum, statistics_of
+from .data import colours_of, global_sum
 
 # %% ../nbs/19_terms.ipynb #chklabel
 def check_labels(
@@ -81,9 +81,8 @@ def logits(self:LossTerm)->Tensor:
 
 @patch(as_prop=True)
 def images(self:LossTerm)->Tensor:
-    "The batch's images in [0, 1], (B, 3, H, W), float32"
-    bare = getattr(self.model, 'module', self.model)
-    return denormalise(self.x.as_subclass(Tensor).float(), statistics_of(bare), 1)
+    "The batch's images in [0, 1], (B, 3, H, W), float32; of more channels three, see `colours_of`"
+    return colours_of(self.x.as_subclass(Tensor).float(), getattr(self.model, 'module', self.model))
 
 @patch(as_prop=True)
 def label_map(self:LossTerm)->Tensor:

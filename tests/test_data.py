@@ -1,7 +1,10 @@
 "Samples of three parts, their order, and trainings that must not see what is hidden"
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sasformer.annotations import AnnotationError
 from sasformer.sasformer import SASFormerLoss
@@ -226,3 +229,15 @@ def test_aspect_is_the_released_one():
     ratio = drawn[:,1]/drawn[:,0]
     assert .8999 < ratio.min() < .905 and 1.095 < ratio.max() < 1.1001   # whole pixels
     assert np.allclose(drawn.prod(1), .49, atol=1e-4)
+
+
+def test_the_limit_of_pixels_in_a_worker(monkeypatch):
+    "A worker that is spawned gets a copy of the loader and a module that knows no limit"
+    dl = SparseDL(Numbers(range(3)), bs=1)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 200)
+    dl.before_iter()
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    pickle.loads(pickle.dumps(dl)).wif()
+    assert Image.MAX_IMAGE_PIXELS == 200
+
+class Numbers(list): seed, epoch = 0, 0

@@ -1,5 +1,5 @@
 "Files as people have them: colours, EXIF, stacks, ranges, layouts, names; each is read right or refused in a line"
-import os, struct, unicodedata
+import os, struct, unicodedata, zlib
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,29 @@ def test_a_chosen_range(tmp_path):
     with pytest.raises(OSError, match=r'b.tif: .*no fixed range \(here -1 to 0.3\): give it'):
         open_image(tmp_path/'b.tif')
 
+def png16(path, a):
+    "16-bit colour, which Pillow does not write"
+    part = lambda kind, d: struct.pack('>I', len(d))+kind+d+struct.pack('>I', zlib.crc32(kind+d))
+    head = struct.pack('>IIBBBBB', a.shape[1], a.shape[0], 16, {2: 4, 3: 2, 4: 6}[a.shape[2]], 0, 0, 0)
+    lines = b''.join(b'\0'+row.astype('>u2').tobytes() for row in a)
+    path.write_bytes(b'\x89PNG\r\n\x1a\n'+part(b'IHDR', head)+part(b'IDAT', zlib.compress(lines))+part(b'IEND', b''))
+
+@pytest.mark.parametrize('kind', ['png', 'alpha', 'little', 'big', 'zlib'])
+def test_colour_of_sixteen_bits(tmp_path, kind):
+    "Without a range the upper byte, as Pillow has it; with one both"
+    a = np.random.default_rng(0).integers(0, 4096, (5, 7, 3 + (kind == 'alpha'))).astype(np.uint16)
+    a[..., 3:], f = 65535, tmp_path/f"a.{'png' if kind in ('png', 'alpha') else 'tif'}"
+    if f.suffix == '.png': png16(f, a)
+    else: tifffile.imwrite(f, a, byteorder='>' if kind == 'big' else '<', compression=None if kind != 'zlib' else kind)
+    assert np.array_equal(open_image(f), a[..., :3] >> 8)
+    expected = (a[..., :3]/4095*255).round()
+    assert np.array_equal(open_image(f, (0, 4095)), expected)
+
+def test_grey_of_sixteen_bits_with_transparency(tmp_path):
+    png16(tmp_path/'a.png', np.full((4, 6, 2), 900, np.uint16))
+    with pytest.raises(OSError, match='a.png: .*grey of 16 bits with transparency: save it without'):
+        open_image(tmp_path/'a.png', (0, 4095))
+
 def test_the_range_of_a_folder(tmp_path):
     p = dataset(tmp_path, suffix='.png')
     for f in (p/'images').iterdir(): Image.fromarray(np.tile(np.uint16([0, 4000]), (4, 3))).save(f)
@@ -177,10 +200,12 @@ def test_the_range_of_a_folder(tmp_path):
     note, = get_source('folder', p).judge('dense')
     assert '16 bits' in note and 'value_range=0+4000' in note
     for f in list((p/'images').iterdir()):   # Pillow writes no colour of 16 bits
-        tifffile.imwrite(f.with_suffix('.tif'), np.full((4, 6, 3), 4000, np.uint16))
+        tifffile.imwrite(f.with_suffix('.tif'), np.tile(np.uint16([[[7, 3000, 4000]]]), (4, 6, 1)))
         f.unlink()
     note, = get_source('folder', p).judge('dense')
-    assert '16 bits' in note and 'save them with their whole range' in note
+    assert '16 bits' in note and 'value_range=7+4000' in note
+    src = get_source('folder:value_range=0+4000', p)
+    assert src.image('a').getpixel((0, 0)) == (0, 191, 255) and not src.judge('dense')
     for wrong in ('value_range=5', 'value_range=5+1'):
         with pytest.raises(AnnotationError, match='expected the values that are black and white'):
             get_source(f'folder:{wrong}', p)

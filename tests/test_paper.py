@@ -123,6 +123,11 @@ def test_runs_what_is_missing_once(instant, tmp_path, capsys):
     assert len(instant) == 30 and '0 run, 33 were there' in capsys.readouterr().out
 
 
+def test_only_by_whole_names_and_parts():
+    only = lambda names: list(paper._chosen(types.SimpleNamespace(size='mini', only=names), 'acdc', 1))
+    assert only('tel-seed0') == ['tel-seed0'] and only('tel') == ['tel-seed0', 'sasformer_tel-seed0']
+    assert only('tel-seed0, released') == ['tel-seed0', 'released-seed0']
+
 def test_only_and_seeds(instant, tmp_path, capsys):
     places = ['--results', tmp_path/'results', '--work', tmp_path/'work']
     main([str(a) for a in ['run', 'table3', '--only', 'blocks=1+2-,baseline', '--seeds', 2, *places]])

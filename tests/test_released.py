@@ -121,3 +121,22 @@ def test_directions_of_kl():
     kl = lambda a, b: torch.nn.functional.kl_div(b.log(), a, reduction='none').sum(-1)   # KL(a ‖ b)
     torch.testing.assert_close(DISTANCES['KL'](y, p), kl(y, p))
     torch.testing.assert_close(DISTANCES['reverse_KL'](y, p), kl(p, y))
+
+
+def test_evaluation_stretched_with_scores_summed():
+    "One image, one scale, one mirror after the other, with nothing but the network"
+    from sasformer.inference import multi_scale_logits, predict_image
+    torch.manual_seed(1)
+    model, scales = create_segmenter('segformer_mit_b0', 5, decoder_dim=16, last_stride=1).eval(), (.3, .5)
+    x, total = torch.randn(1, 3, 60, 90), 0
+    square = F.interpolate(x, (512, 512), mode='bicubic', align_corners=False)
+    for side in (153, 256):   # 0.3·512 is 153.6, cut off
+        for mirrored in (False, True):
+            seen = F.interpolate(square, (side, side), mode='bilinear', align_corners=True)
+            with torch.no_grad(): y = model(seen.flip(3) if mirrored else seen)
+            y = F.interpolate(y, (512, 512), mode='bilinear', align_corners=True)
+            total = total+(y.flip(3) if mirrored else y)
+    expected = F.interpolate(total, (60, 90), mode='bicubic', align_corners=False)
+    torch.testing.assert_close(multi_scale_logits(model, x, scales, form='released'), expected, rtol=1e-4, atol=1e-4)
+    image = torch.randint(0, 255, (60, 90, 3), dtype=torch.uint8).numpy()
+    assert predict_image(model, image, scales, form='released').shape == (60, 90)

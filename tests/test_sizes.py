@@ -24,8 +24,8 @@ ARGS = ('--data scenes:n_train=4,n_val=1,size=32 --method baseline --epochs 1 --
 def src(): return scenes(n_train=4, n_val=2, size=32)
 
 
-def learner(src, method='sasformer', model='segformer_mit_b0', size=32, **kw):
-    dls = sparse_dataloaders(src, 'scribble', size=size, bs=4, device='cpu')
+def learner(src, method='sasformer', model='segformer_mit_b0', size=32, bs=4, **kw):
+    dls = sparse_dataloaders(src, 'scribble', size=size, bs=bs, device='cpu')
     return sparse_learner(dls, model, method, precision='fp32', **{'decoder_dim': 16, **kw})
 
 
@@ -76,7 +76,7 @@ SMALL_SWIN = dict(depths=(1, 1, 1, 1), embed_dim=16, num_heads=(1, 1, 2, 2))
 @pytest.mark.parametrize('name, kw', [
     ('swin_tiny_patch4_window7_224', SMALL_SWIN), ('swinv2_tiny_window8_256', SMALL_SWIN),
     ('swinv2_cr_tiny_ns_224', SMALL_SWIN), ('pvt_v2_b0', {}), ('edgenext_xx_small', {}), ('efficientvit_b0', {}),
-    ('mobilevitv2_050', {}), ('test_convnext', {}), ('test_efficientnet', {}), ('test_resnet', {}), ('test_vit', {})])
+    ('mobilevitv2_050', {}), ('csatv2', {}), ('lambda_resnet26t', {}), ('test_convnext', {}), ('test_efficientnet', {}), ('test_resnet', {}), ('test_vit', {})])
 def test_backbones_of_any_size(name, kw):
     "Smaller and larger than they were trained with, odd, not square: gradients reach all"
     model = create_segmenter(f'segformer_{name}', 3, decoder_dim=8, **kw).eval()
@@ -87,7 +87,7 @@ def test_backbones_of_any_size(name, kw):
     model.train()(torch.randn(2, 3, 64, 96)).square().mean().backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None and 'head' not in n]
 
-BOUND = '''beit_base_patch16_224 cait_xxs24_224 coat_tiny convit_tiny efficientformer_l1 efficientformerv2_s0
+BOUND = '''beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_tiny convit_tiny efficientformer_l1 efficientformerv2_s0
 gcvit_xxtiny hiera_tiny_224 levit_128s maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 mvitv2_tiny nest_tiny pit_ti_224
 volo_d1_224'''.split()
 
@@ -111,7 +111,12 @@ def test_one_size_that_is_named():
 def test_batches_of_one_image(tmp_path, capsys):
     one = [*ARGS, '--bs', '1', '--out', tmp_path/'a']
     fails(train.main, [*one, '--model', 'deeplabv3plus_resnet18'], capsys, 'bs=1', 'at least 2', '--bs')
-    learner(scenes(n_train=4, n_val=1, size=32), 'baseline', 'segformer_test_resnet')   # needs none
+    # with 32 pixels a stride of 32 leaves one
+    fails(train.main, [*one, '--model', 'segformer_test_resnet'], capsys, 'bs=1', 'crops of 32×32', '--size')
+
+@pytest.mark.parametrize('model, size', [('segformer_mit_b0', 32), ('segformer_test_resnet', 64)])
+def test_one_image_is_enough(src, model, size):
+    quietly(learner(src, 'baseline', model, size, bs=1))
 
 def of_recipe(**kw): return lambda: Recipe(epochs=1, **kw)
 
