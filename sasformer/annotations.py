@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UNLABELLED', 'PADDING', 'VOC_CLASSES', 'SCRIBBLE_TAGS', 'AnnotationError', 'turned', 'check_label_map', 'voc_palette',
            'allow_megapixels', 'opened', 'read_label_map', 'replacing', 'write_json', 'write_label_map', 'Point',
-           'Line', 'draw_points', 'draw_lines', 'read_text', 'PointFile', 'ScribbleXML', 'image_seed', 'image_tags',
-           'simulate_points', 'centre_line', 'simulate_scribbles', 'simulate_blocks', 'parse_annotation', 'simulate',
-           'LabelStatistics', 'label_statistics', 'TagStatistics', 'tag_statistics']
+           'Line', 'draw_points', 'draw_lines', 'read_text', 'PointFile', 'ScribbleXML', 'check_image_size',
+           'image_seed', 'image_tags', 'simulate_points', 'centre_line', 'simulate_scribbles', 'simulate_blocks',
+           'parse_annotation', 'simulate', 'LabelStatistics', 'label_statistics', 'TagStatistics', 'tag_statistics']
 
 # %% ../nbs/00_annotations.ipynb #3a9bbc1b
 import codecs, contextlib, functools, hashlib, inspect, json, math, os, re, unicodedata, warnings, zipfile, zlib
@@ -479,15 +479,22 @@ def _number(element, path, name):
     return value
 
 # %% ../nbs/00_annotations.ipynb #bf7ae1b9
+def check_image_size(
+    shape,    # (H, W) that a file of labels says
+    name='',  # What an error calls it
+)->tuple:     # The same
+    "Refuse a size of more pixels than an image that is opened may have, before anything as large is made"
+    limit = 2*(Image.MAX_IMAGE_PIXELS or math.inf)
+    if math.prod(shape) > limit:
+        raise AnnotationError(f'{name}: is of {shape[0]}×{shape[1]} (height×width), over the limit of {limit} pixels')
+    return shape
+
 def _shape(root, name):
     "(H, W) as an XML file gives it"
     h, w = (_number(root, f'size/{side}', name) for side in ('height', 'width'))
     if min(h, w) < 1 or h % 1 or w % 1:
         raise AnnotationError(f'{name}: <size> is {h}×{w} (height×width), expected whole pixels')
-    limit = 2*(Image.MAX_IMAGE_PIXELS or math.inf)
-    if h*w > limit:
-        raise AnnotationError(f'{name}: <size> is {h}×{w} (height×width), over the limit of {limit} pixels')
-    return int(h), int(w)
+    return check_image_size((int(h), int(w)), name)
 
 def _lines(root, tags, name):
     "Polylines of an XML file"
