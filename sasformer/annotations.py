@@ -270,11 +270,13 @@ def _runs(rows, cols, dy, shape):
     rows, cols = rows[near], cols[near]
     if not len(rows): return rows, cols
     top, left = rows.min()-r, cols.min()-r
-    ends = np.zeros((rows.max()-top+r+1, cols.max()-left+r+2), np.int32)
-    for d, n in zip(*np.unique(dy, return_counts=True)):   # a row of the disc, and its pixels
-        np.add.at(ends, (rows-top+d, cols-left-n//2), 1)
-        np.add.at(ends, (rows-top+d, cols-left+n//2+1), -1)
-    y, x = np.nonzero(ends.cumsum(1) > 0)
+    width = cols.max()-left+r+2
+    centres = (rows-top)*width+cols-left
+    ends = np.zeros((rows.max()-top+r+1)*width, np.int32)   # flat: `add.at` of one index is six times as fast
+    for d, n in zip(*np.unique(dy, return_counts=True)):    # a row of the disc, and its pixels
+        np.add.at(ends, centres+(d*width-n//2), np.int32(1))
+        np.add.at(ends, centres+(d*width+n//2+1), np.int32(-1))
+    y, x = np.divmod(np.flatnonzero(ends.cumsum(dtype=np.int32) > 0), width)   # each run ends within its row
     return y+top, x+left
 
 # %% ../nbs/00_annotations.ipynb #46b1e675
