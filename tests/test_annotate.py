@@ -501,6 +501,58 @@ def test_the_canvas_in_a_notebook(browser, maps):
     page.close()
 
 
+@pytest.fixture
+def lab(tmp_path):
+    "A JupyterLab of its own, on a folder: its address"
+    pytest.importorskip('jupyterlab', reason="JupyterLab is not here: the canvas is not tested in it")
+    with listen(0) as sock: port = sock.getsockname()[1]
+    own = {f'JUPYTER_{k}_DIR': str(tmp_path/'.jupyter'/k) for k in ('CONFIG', 'RUNTIME')}
+    env = dict(os.environ, PYTHONPATH=str(Path(annotate.__file__).parents[1]), **own)
+    options = dict(port=port, token='secret', root_dir=tmp_path, open_browser=False, allow_root=True)
+    log = (tmp_path/'lab.txt').open('w')
+    process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items()),
+                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+                               stdout=log, stderr=log, env=env)
+    address, end = f'http://127.0.0.1:{port}', time.time()+120
+    while True:
+        try: httpx.get(f'{address}/api/status?token=secret').raise_for_status(); break
+        except httpx.HTTPError: time.sleep(.2)
+        assert process.poll() is None and time.time() < end, (tmp_path/'lab.txt').read_text()[-2000:]
+    yield address
+    httpx.post(f'{address}/api/shutdown?token=secret')   # its kernels go with it
+    process.wait(60)
+
+
+def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
+    "A notebook that is opened, run and drawn in: the file and the kernel have the stroke"
+    nbformat = pytest.importorskip('nbformat')
+    pytest.importorskip('anywidget', reason="anywidget is not here: the canvas of notebooks is not tested")
+    id = maps.ids[0]
+    cells = (f"from sasformer.annotate import annotate\nw = annotate({str(maps.root)!r}, height=300)\nw",
+             f"print('the kernel has', (w.label_map({id!r}) == 2).sum())")
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)], metadata=kernel),
+                   tmp_path/'draw.ipynb')
+    with browser.new_page(viewport=dict(width=1280, height=900)) as page:
+        page.set_default_timeout(120_000)
+        page.goto(f'{lab}/lab/tree/draw.ipynb?token=secret')
+        page.locator('.jp-CodeCell .cm-content').first.click()
+        page.keyboard.press('Shift+Enter')
+        page.wait_for_selector('.jp-OutputArea-output [data-ready="0"]')
+        page.locator('.sasformer-annotate').get_by_text('ring').click()
+        box = page.locator('.stage').bounding_box()
+        page.mouse.move(box['x']+box['width']/2-30, box['y']+100)
+        page.mouse.down()
+        page.mouse.move(box['x']+box['width']/2+30, box['y']+150, steps=4)
+        page.mouse.up()
+        page.locator('.sasformer-annotate').get_by_text('Saved').wait_for()
+        labels = read_label_map(maps.files[id])
+        assert set(labels.ravel()) == {2, UNLABELLED}
+        page.locator('.jp-CodeCell .cm-content').nth(1).click()
+        page.keyboard.press('Shift+Enter')
+        page.get_by_text(f'the kernel has {(labels == 2).sum()}', exact=True).wait_for()
+
+
 def test_a_link_that_is_followed_early_waits():
     "The link is printed before the server runs: a connection must not be refused"
     import socket
