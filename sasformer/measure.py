@@ -607,7 +607,7 @@ def served(
         p.wait()
 
 # %% ../nbs/33_measure.ipynb #drawbrun1
-def until(page, js, seconds=120):
+def until(page, js, seconds=300):
     "Wait until JavaScript says yes; the page allows no other page's functions, so it is asked again and again"
     end = time.time()+seconds
     while not page.evaluate(js):
