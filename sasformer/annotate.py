@@ -10,7 +10,8 @@ __all__ = ['TOOLS', 'MAX_POINTS', 'MAX_WIDTH', 'MAX_WORK', 'COLOURS', 'METHODS',
            'Pages', 'annotate_app', 'answer_message', 'annotate', 'annotate_parser', 'listen', 'main']
 
 # %% ../nbs/70_annotate.ipynb #4802e1c1
-import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, struct, subprocess, sys, threading, zlib
+import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, struct, subprocess, sys, threading, time
+import zlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -164,7 +165,9 @@ class OpenMap:
 
     def put(self, box, part):
         "Replace a part of the map"
-        self.counts += np.bincount(part.ravel(), minlength=256)-np.bincount(self.labels[box].ravel(), minlength=256)
+        changed = part != self.labels[box]
+        for values, sign in ((part, 1), (self.labels[box], -1)):
+            self.counts += sign*np.bincount(values[changed], minlength=256)
         self.labels[box] = part
 
     def step(self, box):
@@ -422,9 +425,9 @@ def labels_part(
     at = lambda n, low, high, k: np.minimum((low+(np.arange(n)+(k+.5)/steps)*(high-low)/n).astype(int), high-1)
     middle = sorted(range(steps), key=lambda k: abs(k-steps//2))
     for i in middle:
+        rows = labels[at(h, y0, y1, i)]
         for j in middle:
-            seen = labels[np.ix_(at(h, y0, y1, i), at(w, x0, x1, j))]
-            out = np.where(out == UNLABELLED, seen, out)
+            np.copyto(out, rows.take(at(w, x0, x1, j), 1), where=out == UNLABELLED)
             if not (out == UNLABELLED).any(): return out
     return out
 
@@ -596,6 +599,10 @@ class Predictor:
         "Changes with every new model; None: there is none"
         found = self.newest()
         return f'{found[0].parent.name}-{found[1]}' if found else None
+
+    def prepare(self):
+        "Import what a prediction needs, which takes seconds; while a training runs, nobody waits for it"
+        import sasformer.evaluate, sasformer.inference, sasformer.learner
 
     def load(self):
         "The newest model; call it with the lock"
@@ -853,6 +860,7 @@ def train(self:Pages, request, data):
 @patch
 def start(self:Pages, request, data):
     self.training.start(data.get('method', 'sasformer'), data.get('steps', 200), data.get('new') is True)
+    threading.Thread(target=self.predictor.prepare, daemon=True).start()
     return self.training.state()
 
 @patch
@@ -884,9 +892,12 @@ def annotate_app(
     pages = Pages(maps, options)
     def answer(work):
         async def respond(request):
+            began = time.perf_counter()
             try: done = await run_in_threadpool(work, request, await _json(request))
             except Exception as e: return JSONResponse(dict(error=one_line(e)), status_of(e))
-            return JSONResponse(done) if isinstance(done, dict) else Response(done[0], media_type=done[1])
+            timing = {'server-timing': f'work;dur={1e3*(time.perf_counter()-began):.1f}'}   # a browser's tools show it
+            return (JSONResponse(done, headers=timing) if isinstance(done, dict) else
+                    Response(done[0], media_type=done[1], headers=timing))
         return respond
     def static(name):
         async def respond(request): return FileResponse(STATIC/name)

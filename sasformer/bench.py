@@ -24,20 +24,24 @@ COMMANDS = dict(
     tree="The tree energy loss, its SciPy and NumPy counterpart, and a training step",
     par="Pixel-adaptive refinement: with all neighbours gathered, with shifted views, and compiled on a CPU",
     afa="A training step with AFA in its last stage, the bare segmenter's, and AFA's parts",
-    simformer="A training step of SimFormer and of a plain MaskFormer, and a prediction of each")
+    simformer="A training step of SimFormer and of a plain MaskFormer, and a prediction of each",
+    annotate="Strokes on the page of sasformer_annotate, in a Chromium, and the first prediction there")
 
 def bench_parser():
     p = argparse.ArgumentParser(
         prog='sasformer_bench', allow_abbrev=False,
         description="Measure hot paths, variants in turn in one process; ratios are what counts.")
     commands = p.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    def command(name, images=None, repeats=None, **defaults):
+    def parser(name):
         c = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], allow_abbrev=False,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.add_argument('--out', type=Path, metavar='FILE', help="Result file (JSON)")
         c.add_argument('--keep_memory', action=argparse.BooleanOptionalAction, default=True,
                        help="Keep freed memory, as sasformer_train does")
         c.add_argument('--threads', type=int, default=os.cpu_count(), help="Threads of the CPU")
+        return c
+    def command(name, images=None, repeats=None, **defaults):
+        c = parser(name)
         if images:
             c.add_argument('--data', default='scenes', help="Data set: scenes, camvid …")
             c.add_argument('--path', help="Its folder")
@@ -81,6 +85,13 @@ def bench_parser():
     command('afa', steps=10, size=256, batch=4)
     c = command('simformer', steps=5, size=512, batch=2, model='resnet50')
     c.add_argument('--method', default='simformer', help="With its options: simformer:width=64,…")
+    c = parser('annotate')
+    for name, value, what in (('starts', 3, "How often the program is started"),
+                              ('steps', 10, "Strokes after each start, in either view"),
+                              ('last_stride', 1, "Stride of the last block")):
+        c.add_argument(f'--{name}', type=int, default=value, help=what)
+    c.add_argument('--megapixels', type=float, default=24., help="Size of the photograph")
+    c.add_argument('--model', default='mit_b0', help="Encoder of the model that predicts, mit_b0 … mit_b5")
     return p
 
 # %% ../nbs/66_bench.ipynb #1d1a7faf

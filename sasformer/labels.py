@@ -18,7 +18,7 @@ from .annotations import (AnnotationError, PADDING, PointFile, ScribbleXML, SCRI
 from .benchmarks import data_set, get_source
 from .datasets import Source, colour_map, write_tags, _class_names, _labelmap, _listing
 from .evaluate import usable_device
-from .label_tools import CocoFile, LabelMe, is_coco
+from .label_tools import WRITERS, tool_of
 from .methods import STAGES
 
 # %% ../nbs/63_labels.ipynb #2588e6cb
@@ -93,9 +93,10 @@ def _picture_reader(source, colours, names):
     return list(files), lambda i, width, shape: read_label_map(files[i], None, shape, colours=table)
 
 def label_reader(
-    source:Path,           # What's-the-point or COCO JSON, a folder of labelme JSON, a folder or zip of ScribbleSup XML
+    # What's-the-point JSON, folder or zip of ScribbleSup XML, of one of `label_tools.TOOLS`, a folder of label maps
+    source:Path,
     background:Path=None,  # JSON of the background's points
-    # Text file of names in id order; None: ScribbleSup's tags, COCO's categories, points unchecked
+    # Text file of names in id order; None: ScribbleSup's tags, COCO's categories, CVAT's labels, other ids unchecked
     classes=None,
     within:str='',         # Folder inside `source`, for archives that hold several sets
     outside:str='error',   # Positions outside of their image: 'error' or 'crop'
@@ -104,25 +105,28 @@ def label_reader(
     "(ids, function of an id, a stroke width and a shape or None that returns a label map)"
     names = None if classes is None else _class_names(None, classes)
     if colours is not None: return _picture_reader(source, colours, names)
-    if source.is_dir() and any(source.rglob('*.json')) or source.suffix.lower() == '.json' and is_coco(source):
-        return _tool_reader(source, background, names, within, outside)
+    tool = tool_of(source)
+    if tool is not None: return _tool_reader(tool, source, background, names, within, outside)
     if source.suffix.lower() == '.json':
         if within: raise ValueError(f"--within {within}: only for ScribbleSup XML, {source} is a file of points")
         r = PointFile(source, background, outside)
         return r.ids, lambda i, width, shape: r.label_map(i, shape, width, names and len(names))
     if background is not None:
         raise ValueError(f"--background {background}: only for points (.json), {source} holds scribbles")
+    if source.is_dir() and any(source.glob('*.png')):
+        files = _listing(source, 'label maps', ('.png',))
+        return list(files), lambda i, width, shape: read_label_map(files[i], names and len(names), shape)
     r = ScribbleXML(source, names or SCRIBBLE_TAGS, within, outside)
     if not r.ids: raise ValueError(f"{source}: holds no .xml file{f' below {within}' if within else ''}")
     return r.ids, r.label_map
 
-def _tool_reader(source, background, names, within, outside):
-    "`label_reader` of labelme and COCO"
+def _tool_reader(tool, source, background, names, within, outside):
+    "`label_reader` of one of `label_tools.TOOLS`"
     for option, value in (('--background', background), ('--within', within)):
-        if value: raise ValueError(f"{option} {value}: not for labelme's files and COCO's, as in {source}")
-    if not source.is_dir(): r = CocoFile(source, names)
-    elif names is None: raise ValueError(f"{source}: labelme's files need --classes, the names in the order of the ids")
-    else: r = LabelMe(source, names, outside)
+        if value: raise ValueError(f"{option} {value}: not for {tool.title}, as in {source}")
+    if names is None and not tool.names_classes:
+        raise ValueError(f"{source}: {tool.title} needs --classes, the names in the order of the ids")
+    r = tool(source, names, outside)
     if not r.ids: raise ValueError(f"{source}: no image in it has a label")
     return r.ids, r.label_map
 
@@ -134,19 +138,25 @@ def convert_labels(
     images:Path=None,     # Folder of the images, with its sub-folders
     width:int=3,          # Of a stroke, or diameter of a point, in pixels
     overwrite:bool=False, # Replace files that are there
+    form:str='png',       # png, or one of `WRITERS`: then one file, which needs `images` and `classes`
+    classes=None,         # Names in the order of their ids
 )->list:                  # The files written
-    "Write published labels as palette PNGs"
+    "Write labels as palette PNGs, or as a file in which a tool can correct them"
     photos = None if images is None else _listing(images, 'images', recurse=True)
     lack = [i for i in ids if photos is not None and i not in photos]
     if lack:
         raise FileNotFoundError(f"{images}: no image for {len(lack)} of {len(ids)} labelled ids, such as {lack[0]}; "
                                 "--ids names those to convert")
     size = Source('images', images, [], {}, photos, {}).shape if photos else lambda i: None
-    outs = {i:out/f'{i}.png' for i in ids}
-    free_to_write(outs.values(), overwrite, (photos or {}).values())
+    name, write = WRITERS.get(form, (None, None))
+    outs = [out/name] if name else [out/f'{i}.png' for i in ids]
+    free_to_write(outs, overwrite, (photos or {}).values())
     out.mkdir(parents=True, exist_ok=True)
-    for i in _bar(ids): write_label_map(outs[i], label_map(i, width, size(i)))
-    return list(outs.values())
+    labelled = ((i, label_map(i, width, size(i))) for i in _bar(ids))
+    if name: write(outs[0], ((photos[i].relative_to(images).as_posix(), m) for i, m in labelled), classes)
+    else:
+        for file, (_, m) in zip(outs, labelled): write_label_map(file, m)
+    return outs
 
 # %% ../nbs/63_labels.ipynb #e8a2c514
 def count_labels(
@@ -216,7 +226,11 @@ def _simulate_options(p):
 def _convert_options(p):
     p.add_argument('source', type=Path,
                    help="What's-the-point file (.json), folder or zip of ScribbleSup XML, folder of labelme's files, "
-                        "file in COCO's format (.json), or with --colours a folder of pictures")
+                        "file in COCO's format (.json), of CVAT for images 1.1 (.xml), of Label Studio (.json), folder "
+                        "of label maps or predictions (.png), or with --colours a folder of pictures")
+    p.add_argument('--as', dest='form', choices=('png', *WRITERS), default='png',
+                   help="What to write: a palette PNG per image, or one file of COCO's format or CVAT's, in which a "
+                        "tool can correct them; these need --images and --classes (default: png)")
     p.add_argument('--colours', default=None, metavar='MAP',
                    help="The source is a folder of pictures and this is what their colours mean: "
                         "ff0000:car+0000ff:2+ffffff:255 (255: unlabelled; so is what is transparent), or CVAT's "
@@ -227,8 +241,9 @@ def _convert_options(p):
     p.add_argument('--ids', type=Path, default=None, metavar='FILE',
                    help="Text file of the ids to convert, one a line (default: all that are labelled)")
     p.add_argument('--classes', type=Path, default=None, metavar='FILE',
-                   help="Text file of class names in id order: the scribbles' tags, labelme's labels, the points' "
-                        "number of classes (default: ScribbleSup's tags, COCO's categories; any id)")
+                   help="Text file of class names in id order: the scribbles' tags, the tools' labels, the "
+                        "points' number of classes (default: ScribbleSup's tags, COCO's categories, CVAT's labels; any "
+                        "id)")
     p.add_argument('--within', default='', metavar='FOLDER',
                    help="Take only XML below this folder of the source, such as scribble_annotation/pascal_2012")
     p.add_argument('--width', type=stroke, default=3, metavar='PIXELS',
@@ -294,7 +309,8 @@ def labels_parser():
                             help="What to do; each has its own --help")
     programs = (('simulate', _simulate_options, "Draw sparse labels from dense masks, one palette PNG per image"),
                 ('convert', _convert_options,
-                 "Turn files of What's-the-point, ScribbleSup, labelme or COCO into palette PNGs, one per image"),
+                 "Turn files of What's-the-point, ScribbleSup, labelme, CVAT, Label Studio or COCO into palette PNGs, "
+                 "one per image; or label maps and predictions into files of COCO and CVAT"),
                 ('stats', _stats_options,
                  "Count the sparse labels of a data set: a table, and with --out CSV files and a plot"),
                 ('tags', _tags_options, "Write which classes are in each image of a data set, as a CSV file"),
@@ -326,7 +342,9 @@ def run_convert(o):
     ids, read = label_reader(o.source, o.background, o.classes, o.within, o.outside, o.colours)
     if o.source.is_dir() and o.out.resolve() == o.source.resolve():
         raise ValueError(f"--out {o.out} holds what is read: choose another folder")
-    if o.source.suffix.lower() == '.json' and o.images is None and not is_coco(o.source):
+    if o.form != 'png' and None in (o.images, o.classes):
+        raise ValueError(f"--as {o.form} needs --images and --classes: the tool goes by the names of both")
+    if o.source.suffix.lower() == '.json' and o.images is None and tool_of(o.source) is None:
         raise ValueError("points need --images: their file does not hold the images' sizes")
     if o.ids:
         wanted, known = [i.strip() for i in read_text(o.ids).splitlines() if i.strip()], set(ids)
@@ -335,7 +353,8 @@ def run_convert(o):
             such = f", such as {lack[0]}" if lack else ''
             raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{such}")
         ids = list(dict.fromkeys(wanted))
-    return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite)
+    names = o.classes and _class_names(None, o.classes)
+    return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite, o.form, names)
 
 def run_tags(o):
     "`sasformer_labels tags`"
@@ -373,7 +392,8 @@ def main(args=None):
     if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
     if o.job != 'stats':
         done = dict(simulate=run_simulate, convert=run_convert, pseudo=run_pseudo)[o.job](o)
-        return print(f"{len(done)} label maps written to {o.out}")
+        return print(f"{len(done)} label maps written to {o.out}" if vars(o).get('form', 'png') == 'png'
+                     else f"{done[0]} written")
     parse_annotation(o.annotation.removeprefix('sim_'))
     src = get_source(o.data, o.path)
     stats = count_labels(src, o.annotation, o.split, o.out, o.overwrite)

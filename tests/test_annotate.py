@@ -1,19 +1,17 @@
 "sasformer_annotate: its page in a real Chromium, what its server refuses, and what is left when it is killed"
-import errno, json, os, re, shutil, signal, subprocess, sys, threading, time
+import contextlib, errno, json, os, re, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
 import httpx2 as httpx
 import numpy as np, pytest
 from PIL import Image
 from starlette.testclient import TestClient
-from sasformer import annotate
+from sasformer import annotate, bench, measure
 from sasformer.annotate import MAX_BODY, LabelSet, annotate_app, listen, set_classes, set_folder
 from sasformer.annotations import UNLABELLED, draw_lines, read_label_map, write_label_map
 from sasformer.datasets import LayoutError, folder, scenes
 
 CLASSES = ['ground', "d'être <b>", 'ring']
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
 
 
 @pytest.fixture(scope='module')
@@ -250,7 +248,7 @@ def browser():
     if CHROMIUM is None: pytest.skip("no Chromium here: the page is not tested (apt-get install chromium)")
     sync = pytest.importorskip('playwright.sync_api', reason="Playwright is not here: the page is not tested")
     with sync.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[*measure.CHROMIUM_FLAGS])
         yield browser
         browser.close()
 
@@ -297,26 +295,33 @@ class Screen:
             return [...s.layers[layer].context.getImageData(...at, 1, 1).data] }""", [layer, x, y])
 
 
-@pytest.fixture
-def screen(browser, maps):
-    "The page of a new set, its server in a thread"
+@contextlib.contextmanager
+def served(maps, *options):
+    "A set's page, its server in a thread: its address and its `Pages`"
     import uvicorn
     sock = listen(0)
     port = sock.getsockname()[1]
-    app = annotate_app(maps, port, 'secret', ['--size', '32', '--bs', '2', '--device', 'cpu', '--decoder_dim', '32'])
+    app = annotate_app(maps, port, 'secret', options)
     server = uvicorn.Server(uvicorn.Config(app, log_level='warning', lifespan='off', timeout_graceful_shutdown=1))
     server.install_signal_handlers = lambda: None
     thread = threading.Thread(target=server.run, kwargs=dict(sockets=[sock]))
     thread.start()
     maps.scan()
-    page = browser.new_page(viewport=dict(width=1280, height=720))
-    screen = Screen(page, maps, f'http://127.0.0.1:{port}/?token=secret')
-    screen.training = app.pages.training
-    yield screen
-    page.close()
-    server.should_exit = True
-    thread.join()
-    app.pages.close()
+    try: yield f'http://127.0.0.1:{port}/?token=secret', app.pages
+    finally:
+        server.should_exit = True
+        thread.join()
+        app.pages.close()
+
+
+@pytest.fixture
+def screen(browser, maps):
+    "The page of a new set"
+    options = '--size', '32', '--bs', '2', '--device', 'cpu', '--decoder_dim', '32'
+    with served(maps, *options) as (link, pages), browser.new_page(viewport=dict(width=1280, height=720)) as page:
+        screen = Screen(page, maps, link)
+        screen.training = pages.training
+        yield screen
     assert not screen.errors, screen.errors
 
 
@@ -496,7 +501,81 @@ def test_the_canvas_in_a_notebook(browser, maps):
     page.close()
 
 
+@pytest.fixture
+def lab(tmp_path):
+    "A JupyterLab of its own, on a folder: its address"
+    pytest.importorskip('jupyterlab', reason="JupyterLab is not here: the canvas is not tested in it")
+    with listen(0) as sock: port = sock.getsockname()[1]
+    own = {f'JUPYTER_{k}_DIR': str(tmp_path/'.jupyter'/k) for k in ('CONFIG', 'RUNTIME')}
+    env = dict(os.environ, PYTHONPATH=str(Path(annotate.__file__).parents[1]), **own)
+    options = dict(port=port, token='secret', root_dir=tmp_path, open_browser=False, allow_root=True)
+    log = (tmp_path/'lab.txt').open('w')
+    process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items()),
+                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+                               stdout=log, stderr=log, env=env)
+    address, end = f'http://127.0.0.1:{port}', time.time()+120
+    while True:
+        try: httpx.get(f'{address}/api/status?token=secret').raise_for_status(); break
+        except httpx.HTTPError: time.sleep(.2)
+        assert process.poll() is None and time.time() < end, (tmp_path/'lab.txt').read_text()[-2000:]
+    yield address
+    httpx.post(f'{address}/api/shutdown?token=secret')   # its kernels go with it
+    process.wait(60)
+
+
+def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
+    "A notebook that is opened, run and drawn in: the file and the kernel have the stroke"
+    nbformat = pytest.importorskip('nbformat')
+    pytest.importorskip('anywidget', reason="anywidget is not here: the canvas of notebooks is not tested")
+    id = maps.ids[0]
+    cells = (f"from sasformer.annotate import annotate\nw = annotate({str(maps.root)!r}, height=300)\nw",
+             f"print('the kernel has', (w.label_map({id!r}) == 2).sum())")
+    kernel = dict(kernelspec=dict(name='python3', display_name='Python 3', language='python'))
+    nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)], metadata=kernel),
+                   tmp_path/'draw.ipynb')
+    with browser.new_page(viewport=dict(width=1280, height=900)) as page:
+        page.set_default_timeout(120_000)
+        page.goto(f'{lab}/lab/tree/draw.ipynb?token=secret')
+        page.locator('.jp-CodeCell .cm-content').first.click()
+        page.keyboard.press('Shift+Enter')
+        page.wait_for_selector('.jp-OutputArea-output [data-ready="0"]')
+        page.locator('.sasformer-annotate').get_by_text('ring').click()
+        box = page.locator('.stage').bounding_box()
+        page.mouse.move(box['x']+box['width']/2-30, box['y']+100)
+        page.mouse.down()
+        page.mouse.move(box['x']+box['width']/2+30, box['y']+150, steps=4)
+        page.mouse.up()
+        page.locator('.sasformer-annotate').get_by_text('Saved').wait_for()
+        labels = read_label_map(maps.files[id])
+        assert set(labels.ravel()) == {2, UNLABELLED}
+        page.locator('.jp-CodeCell .cm-content').nth(1).click()
+        page.keyboard.press('Shift+Enter')
+        page.get_by_text(f'the kernel has {(labels == 2).sum()}', exact=True).wait_for()
+
+
 def test_a_link_that_is_followed_early_waits():
     "The link is printed before the server runs: a connection must not be refused"
     import socket
     with annotate.listen(0) as sock, socket.create_connection(sock.getsockname(), timeout=5): pass
+
+
+def test_the_benchmark_of_drawing(browser, monkeypatch, tmp_path):
+    "On a smaller photograph, without another process and another browser"
+    @contextlib.contextmanager
+    def here(root):
+        with served(LabelSet(root, set_classes(root))) as (link, _): yield link
+    monkeypatch.setattr(measure, 'served', here)
+    monkeypatch.setattr(measure, 'chromium', lambda: contextlib.nullcontext(browser))
+    bench.main(['annotate', '--megapixels', '2', '--steps', '1', '--starts', '1', '--threads', '1',
+                '--out', str(tmp_path/'annotate.json')])
+    r = json.loads((tmp_path/'annotate.json').read_text())
+    for row in r['rows'].values():
+        assert row['strokes'] == 1 and row['frames'] > 10 and 0 < row['pen_ms'] < 10_000
+        assert 0 < row['save_server_ms'] <= row['save_ms'] and 0 < row['frame_cpu_ms'] <= row['frame_cpu_p95_ms']
+    assert r['first_prediction_s'] > 0 and len(r['all_predictions']['first_prediction_s']) == 3
+
+
+def test_the_benchmark_says_that_playwright_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'playwright.sync_api', None)
+    with pytest.raises(SystemExit): bench.main(['annotate', '--threads', '1'])
+    assert capsys.readouterr().err == 'sasformer_bench: error: Playwright is needed: pip install playwright\n'
