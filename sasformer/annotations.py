@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['UNLABELLED', 'PADDING', 'VOC_CLASSES', 'SCRIBBLE_TAGS', 'AnnotationError', 'turned', 'check_label_map', 'voc_palette',
-           'allow_megapixels', 'opened', 'read_label_map', 'replacing', 'write_json', 'write_label_map', 'Point',
-           'Line', 'draw_points', 'draw_lines', 'read_text', 'PointFile', 'ScribbleXML', 'check_image_size',
-           'image_seed', 'image_tags', 'simulate_points', 'centre_line', 'simulate_scribbles', 'simulate_blocks',
-           'parse_annotation', 'simulate', 'LabelStatistics', 'label_statistics', 'TagStatistics', 'tag_statistics']
+           'allow_megapixels', 'channels_read', 'opened', 'read_label_map', 'replacing', 'write_json',
+           'write_label_map', 'Point', 'Line', 'draw_points', 'draw_lines', 'read_text', 'PointFile', 'ScribbleXML',
+           'check_image_size', 'image_seed', 'image_tags', 'simulate_points', 'centre_line', 'simulate_scribbles',
+           'simulate_blocks', 'parse_annotation', 'simulate', 'LabelStatistics', 'label_statistics', 'TagStatistics',
+           'tag_statistics']
 
 # %% ../nbs/00_annotations.ipynb #3a9bbc1b
 import codecs, contextlib, functools, hashlib, inspect, json, math, os, re, unicodedata, warnings, zipfile, zlib
@@ -95,11 +96,12 @@ def _pictures(image):
     return n
 
 # %% ../nbs/00_annotations.ipynb #open0003
-def _channels(image):
-    "(channels of a TIFF, those of them that Pillow reads), from its header"
-    tags = image.tag_v2
-    n, extra = tags.get(277, 1), tags.get(338, ())
-    colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(tags.get(262), 1)
+def channels_read(
+    tag,       # Function of the number of a TIFF's tag and a value for where it lacks it
+)->tuple:      # Channels of the image, and those of them that Pillow reads
+    "What of a TIFF's channels Pillow would read, by its header"
+    n, extra = tag(277, 1), tag(338, ())
+    colours = {2: 3, 5: 4, 6: 3, 8: 3}.get(tag(262, 1), 1)
     return n, colours + (len(extra) == 1 and extra[0] in (1, 2))   # these are transparency
 
 @contextlib.contextmanager
@@ -118,17 +120,19 @@ def opened(
         with Image.open(file) as image:
             if (n := _pictures(image)) > 1:
                 raise AnnotationError(f'holds {n} pictures (pages or frames), of which only the first would be used: '
-                                      'save each as a file')
-            if image.format == 'TIFF' and (c := _channels(image))[0] > c[1]:
-                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: save those that are '
-                                      'meant as a file of three')
+                                      'save each as a file'+'; if they are the channels of one image, --data '
+                                      f'folder:channels={n} reads them'*(image.format == 'TIFF'))
+            if image.format == 'TIFF' and (c := channels_read(image.tag_v2.get))[0] > c[1]:
+                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: --data '
+                                      f'folder:channels={c[0]} trains from all of them, else save three')
             yield image
     except FileNotFoundError: raise
     except Image.DecompressionBombError as e:
         raise error(f"{name}: {str(e).split(' pixels,')[0]} pixels; if the file can be trusted, raise the limit: "
                     "--max_megapixels of sasformer_predict, --data folder:max_megapixels=… elsewhere") from e
     except UnidentifiedImageError as e:
-        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many channels') from e
+        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many '
+                    'channels (--data folder:channels=N reads N of them)') from e
     except AnnotationError as e: raise error(f'{name}: {e}') from e
     except Exception as e:   # struct.error, SyntaxError, IndexError …
         raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}') from e
