@@ -54,7 +54,10 @@ def check_label_map(
                               f'{UNLABELLED} unlabelled)')
     if n_classes is not None:
         bad = values[(values >= n_classes) & (values < PADDING)]
-        if len(bad): raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes (0..{n_classes-1})')
+        if len(bad):
+            raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes '
+                                  f'(0..{n_classes-1}): name its class too, or say what it means, as in '
+                                  f'--data folder:ignore={bad[0]} (unlabelled)')
     return label_map.astype(np.uint8, copy=False)
 
 # %% ../nbs/00_annotations.ipynb #3b3da9a5
@@ -131,10 +134,11 @@ def opened(
                     "--max_megapixels of sasformer_predict, --data folder:max_megapixels=… elsewhere") from e
     except UnidentifiedImageError as e:
         raise error(f'{name}: cannot be read as {what}: of no known format, or of too many '
-                    'channels (--data folder:channels=N reads N of them)') from e
+                    'channels (a training with --data folder:channels=N reads N of them)') from e
     except AnnotationError as e: raise error(f'{name}: {e}') from e
     except Exception as e:   # struct.error, SyntaxError, IndexError …
-        raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}') from e
+        raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}; if the file is damaged, replace it '
+                    'or take it out') from e
 
 # %% ../nbs/00_annotations.ipynb #colour02
 def _hex(rgb): return '{:02x}{:02x}{:02x}'.format(*map(int, rgb))
