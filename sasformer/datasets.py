@@ -47,8 +47,8 @@ def _eight_bits(im, value_range):
     a = np.asarray(im).astype(np.float64)
     if not np.isfinite(a).all(): raise AnnotationError("has pixels that are no numbers (NaN or infinite)")
     if not value_range and im.mode == 'F':
-        raise AnnotationError(f"floating-point pixels have no fixed range (here {a.min():g} to {a.max():g}): give it, as "
-                              "in --data folder:value_range=0+1")
+        raise AnnotationError(f"floating-point pixels have no fixed range (here {a.min():g} to {a.max():g}): give it, "
+                              "as in --data folder:value_range=0+1")
     if not value_range and not 0 <= a.min() <= a.max() <= 65535:
         raise AnnotationError(f"grey values {a.min():g}…{a.max():g} do not fit 16 bits: give their range, as in "
                               f"--data folder:value_range={a.min():g}+{a.max():g}")

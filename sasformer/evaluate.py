@@ -145,7 +145,8 @@ def same_classes(
         if a != b:
             say = lambda c: 'nothing' if c is None else repr(c)
             raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set "
-                             f"{src.name} ({len(theirs)} classes)")
+                             f"{src.root or src.name} ({len(theirs)} classes): both have to have the same names in the "
+                             "same order")
 
 # %% ../nbs/61_evaluate.ipynb #6edf5775
 def table_text(
