@@ -116,6 +116,7 @@ def opened(
     "Open an image file of one picture, or say what is wrong with it"
     path = isinstance(file, (str, Path))
     name = name or str(file if path else getattr(file, 'name', file))
+    more = what == 'an image'   # these may have more than three channels, see `sasformer.datasets.open_bands`
     if path and Path(file).exists() and not Path(file).is_file():
         raise error(f'{name}: is no file but a folder, a pipe or a device')
     try:
@@ -123,18 +124,18 @@ def opened(
             if (n := _pictures(image)) > 1:
                 raise AnnotationError(f'holds {n} pictures (pages or frames), of which only the first would be used: '
                                       'save each as a file'+'; if they are the channels of one image, --data '
-                                      f'folder:channels={n} reads them'*(image.format == 'TIFF'))
+                                      f'folder:channels={n} reads them'*(image.format == 'TIFF' and more))
             if image.format == 'TIFF' and (c := channels_read(image.tag_v2.get))[0] > c[1]:
-                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: --data '
-                                      f'folder:channels={c[0]} trains from all of them, else save three')
+                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: save those that are '
+                                      'meant'+f', or train from all: --data folder:channels={c[0]}'*more)
             yield image
     except FileNotFoundError: raise
     except Image.DecompressionBombError as e:
         raise error(f"{name}: {str(e).split(' pixels,')[0]} pixels; if the file can be trusted, raise the limit: "
                     "--max_megapixels of sasformer_predict, --data folder:max_megapixels=… elsewhere") from e
     except UnidentifiedImageError as e:
-        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many '
-                    'channels (a training with --data folder:channels=N reads N of them)') from e
+        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many channels'
+                    + ' (a training with --data folder:channels=N reads N of them)'*more) from e
     except AnnotationError as e: raise error(f'{name}: {e}') from e
     except Exception as e:   # struct.error, SyntaxError, IndexError …
         raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}; if the file is damaged, replace it '

@@ -86,6 +86,8 @@ def _as_bands(a, axes='YXC'):
     other = [k for k in range(len(axes)) if axes[k] not in 'YX']
     return a.transpose(axes.index('Y'), axes.index('X'), *other) if other else a[..., None]
 
+def _npy_bands(path, read): return _as_bands(np.load(path, mmap_mode='r'))
+
 def _tiff_bands(path, read):
     import tifffile
     with tifffile.TiffFile(path) as file:
@@ -111,15 +113,16 @@ def _bands(path, channels, read):
     if not path.exists(): raise LayoutError(f"{path}: no such image")
     if not path.is_file(): raise OSError(f"{path}: is no file but a folder, a pipe or a device")
     try:
-        if path.suffix.lower() == '.npy': a = _as_bands(np.load(path, mmap_mode='r'))
-        else: a = (_tiff_bands if path.suffix.lower() in ('.tif', '.tiff') else _pillow_bands)(path, read)
+        reader = {'.npy': _npy_bands, '.tif': _tiff_bands, '.tiff': _tiff_bands}.get(path.suffix.lower(), _pillow_bands)
+        a = reader(path, False)
         if a.shape[2] != channels: raise ValueError(f"has {a.shape[2]} channels, expected {channels}, as the "
                                                        "model or --data folder:channels=… says")
         if a.dtype.kind not in 'uif': raise ValueError(f"has pixels of type {a.dtype}, expected numbers")
         limit = 2*Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else np.inf
         if a.shape[0]*a.shape[1] > limit:
             raise ValueError(f"has {a.shape[0]*a.shape[1]} pixels, more than {limit}: raise --max_megapixels")
-        if read and not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
+        if read and not np.isfinite(a := reader(path, True)).all():
+            raise ValueError("has pixels that are no numbers (NaN or infinite)")
     except OSError as e: raise e if str(path) in str(e) else OSError(f"{path}: cannot be read as an image: {e}") from e
     except Exception as e: raise OSError(f"{path}: {e}") from e   # tifffile has many of its own
     return a
