@@ -125,9 +125,10 @@ def opened(
                 raise AnnotationError(f'holds {n} pictures (pages or frames), of which only the first would be used: '
                                       'save each as a file'+'; if they are the channels of one image, --data '
                                       f'folder:channels={n} reads them'*(more and image.format == 'TIFF' and n != 3))
-            if image.format == 'TIFF' and (c := channels_read(image.tag_v2.get))[0] > c[1]:
-                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: save those that are '
-                                      'meant'+f', or train from all: --data folder:channels={c[0]}'*(more and c[0] != 3))
+            n, read = channels_read(image.tag_v2.get) if image.format == 'TIFF' else (0, 0)
+            if n > read:
+                raise AnnotationError(f'has {n} channels, of which only {read} would be used: save those that are '
+                                      'meant'+f', or train from all: --data folder:channels={n}'*(more and n != 3))
             yield image
     except FileNotFoundError: raise
     except Image.DecompressionBombError as e:
