@@ -55,7 +55,10 @@ def check_label_map(
                               f'{UNLABELLED} unlabelled)')
     if n_classes is not None:
         bad = values[(values >= n_classes) & (values < PADDING)]
-        if len(bad): raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes (0..{n_classes-1})')
+        if len(bad):
+            raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes '
+                                  f'(0..{n_classes-1}): name its class too, or say what it means, as in '
+                                  f'--data folder:ignore={bad[0]} (unlabelled)')
     return label_map.astype(np.uint8, copy=False)
 
 # %% ../nbs/00_annotations.ipynb #3b3da9a5
@@ -114,6 +117,7 @@ def opened(
     "Open an image file of one picture, or say what is wrong with it"
     path = isinstance(file, (str, Path))
     name = name or str(file if path else getattr(file, 'name', file))
+    more = what == 'an image'   # these may have more than three channels, see `sasformer.datasets.open_bands`
     if path and Path(file).exists() and not Path(file).is_file():
         raise error(f'{name}: is no file but a folder, a pipe or a device')
     try:
@@ -121,21 +125,23 @@ def opened(
             if (n := _pictures(image)) > 1:
                 raise AnnotationError(f'holds {n} pictures (pages or frames), of which only the first would be used: '
                                       'save each as a file'+'; if they are the channels of one image, --data '
-                                      f'folder:channels={n} reads them'*(image.format == 'TIFF'))
-            if image.format == 'TIFF' and (c := channels_read(image.tag_v2.get))[0] > c[1]:
-                raise AnnotationError(f'has {c[0]} channels, of which only {c[1]} would be used: --data '
-                                      f'folder:channels={c[0]} trains from all of them, else save three')
+                                      f'folder:channels={n} reads them'*(more and image.format == 'TIFF' and n != 3))
+            n, read = channels_read(image.tag_v2.get) if image.format == 'TIFF' else (0, 0)
+            if n > read:
+                raise AnnotationError(f'has {n} channels, of which only {read} would be used: save those that are '
+                                      'meant'+f', or train from all: --data folder:channels={n}'*(more and n != 3))
             yield image
     except FileNotFoundError: raise
     except Image.DecompressionBombError as e:
         raise error(f"{name}: {str(e).split(' pixels,')[0]} pixels; if the file can be trusted, raise the limit: "
                     "--max_megapixels of sasformer_predict, --data folder:max_megapixels=… elsewhere") from e
     except UnidentifiedImageError as e:
-        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many '
-                    'channels (--data folder:channels=N reads N of them)') from e
+        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many channels'
+                    + ' (a training with --data folder:channels=N reads N of them)'*more) from e
     except AnnotationError as e: raise error(f'{name}: {e}') from e
     except Exception as e:   # struct.error, SyntaxError, IndexError …
-        raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}') from e
+        raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}; if the file is damaged, replace it '
+                    'or take it out') from e
 
 # %% ../nbs/00_annotations.ipynb #colour02
 def _hex(rgb): return '{:02x}{:02x}{:02x}'.format(*map(int, rgb))

@@ -36,7 +36,7 @@ def _sixteen_bits(im, path):
     "Colour of 16 bits, (H, W, C) uint16; the lower bytes are what Pillow reads when it is told the other order"
     other = {'B': 'L', 'L': 'B', 'N': 'B' if sys.byteorder == 'little' else 'L'}
     swap = lambda a: a[:-1]+other[a[-1]] if isinstance(a, str) else (swap(a[0]), *a[1:])
-    if 'LA' in str(im.tile[0].args): raise ValueError("has grey of 16 bits with transparency: save it without")
+    if 'LA' in str(im.tile[0].args): raise AnnotationError("has grey of 16 bits with transparency: save it without")
     with Image.open(path) as low:
         low.tile = [t._replace(args=swap(t.args)) for t in low.tile]
         high, low = (np.asarray(ImageOps.exif_transpose(o)) for o in (im, low))
@@ -45,13 +45,13 @@ def _sixteen_bits(im, path):
 def _eight_bits(im, value_range):
     "Pixels of 16 bits, of 32, or of floating point as such of 8"
     a = np.asarray(im).astype(np.float64)
-    if not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
+    if not np.isfinite(a).all(): raise AnnotationError("has pixels that are no numbers (NaN or infinite)")
     if not value_range and im.mode == 'F':
-        raise ValueError(f"floating-point pixels have no fixed range (here {a.min():g} to {a.max():g}): give it, as in "
-                         "--data folder:value_range=0+1")
+        raise AnnotationError(f"floating-point pixels have no fixed range (here {a.min():g} to {a.max():g}): give it, "
+                              "as in --data folder:value_range=0+1")
     if not value_range and not 0 <= a.min() <= a.max() <= 65535:
-        raise ValueError(f"grey values {a.min():g}…{a.max():g} do not fit 16 bits: give their range, as in "
-                         f"--data folder:value_range={a.min():g}+{a.max():g}")
+        raise AnnotationError(f"grey values {a.min():g}…{a.max():g} do not fit 16 bits: give their range, as in "
+                              f"--data folder:value_range={a.min():g}+{a.max():g}")
     low, high = value_range or (0, 65535)
     return Image.fromarray((((a-low)/(high-low)).clip(0, 1)*255).round().astype(np.uint8))
 
@@ -86,6 +86,8 @@ def _as_bands(a, axes='YXC'):
     other = [k for k in range(len(axes)) if axes[k] not in 'YX']
     return a.transpose(axes.index('Y'), axes.index('X'), *other) if other else a[..., None]
 
+def _npy_bands(path, read): return _as_bands(np.load(path, mmap_mode='r'))
+
 def _tiff_bands(path, read):
     import tifffile
     with tifffile.TiffFile(path) as file:
@@ -98,7 +100,7 @@ def _tiff_bands(path, read):
 
 def _pillow_bands(path, read):
     with opened(path) as im:
-        if im.mode in ('P', 'PA', '1'): raise ValueError(f"has indexed colours (mode {im.mode}), no channels")
+        if im.mode in ('P', 'PA', '1'): raise AnnotationError(f"has indexed colours (mode {im.mode}), no channels")
         n, turned_ = len(im.getbands()), im.getexif().get(0x0112, 1)
         if not read: return np.broadcast_to(np.uint8(0), (*(im.size if turned_ > 4 else im.size[::-1]), n))
         if _colour16(im): return _sixteen_bits(im, path)
@@ -111,14 +113,16 @@ def _bands(path, channels, read):
     if not path.exists(): raise LayoutError(f"{path}: no such image")
     if not path.is_file(): raise OSError(f"{path}: is no file but a folder, a pipe or a device")
     try:
-        if path.suffix.lower() == '.npy': a = _as_bands(np.load(path, mmap_mode='r'))
-        else: a = (_tiff_bands if path.suffix.lower() in ('.tif', '.tiff') else _pillow_bands)(path, read)
-        if a.shape[2] != channels: raise ValueError(f"has {a.shape[2]} channels, expected {channels}")
+        reader = {'.npy': _npy_bands, '.tif': _tiff_bands, '.tiff': _tiff_bands}.get(path.suffix.lower(), _pillow_bands)
+        a = reader(path, False)
+        if a.shape[2] != channels: raise ValueError(f"has {a.shape[2]} channels, expected {channels}, as the "
+                                                       "model or --data folder:channels=… says")
         if a.dtype.kind not in 'uif': raise ValueError(f"has pixels of type {a.dtype}, expected numbers")
         limit = 2*Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else np.inf
         if a.shape[0]*a.shape[1] > limit:
             raise ValueError(f"has {a.shape[0]*a.shape[1]} pixels, more than {limit}: raise --max_megapixels")
-        if read and not np.isfinite(a).all(): raise ValueError("has pixels that are no numbers (NaN or infinite)")
+        if read and not np.isfinite(a := reader(path, True)).all():
+            raise ValueError("has pixels that are no numbers (NaN or infinite)")
     except OSError as e: raise e if str(path) in str(e) else OSError(f"{path}: cannot be read as an image: {e}") from e
     except Exception as e: raise OSError(f"{path}: {e}") from e   # tifffile has many of its own
     return a
@@ -527,7 +531,7 @@ def judge(self:Source,
     spec:str='scribble',  # Annotation that is to be trained from
 )->list:                  # Lines to be shown; `AnnotationError` where nothing can be learned
     "What the training labels and the validation masks look like, before anything is trained from them"
-    kind = parse_annotation(spec.removeprefix('sim_'))[0]
+    kind, where = parse_annotation(spec.removeprefix('sim_'))[0], self.root or self.name
     ids, counts, full, notes = self.splits['train'], np.zeros(256, np.int64), 0, self._range_note()
     if kind == 'best':
         n = Counter(self.best_kind(i) for i in ids)
@@ -538,12 +542,12 @@ def judge(self:Source,
             counts, full = counts+found, full+(found[UNLABELLED] == 0)
         there = [i for i in range(len(self.classes)) if counts[i]]
         n = f"the {len(ids)} training images"
-        if not there: raise AnnotationError(f"{self.name}: not one pixel of {n} is labelled ({spec})")
+        if not there: raise AnnotationError(f"{where}: not one pixel of {n} is labelled ({spec})")
         if len(there) == 1 and len(self.classes) > 1:
             void = kind in ('dense', 'best') and counts[UNLABELLED] and not self.colours
             also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name "
                     "its id, as in --data folder:values=255:1" if void else '')
-            raise AnnotationError(f"{self.name}: {self.classes[there[0]]!r} is the only class in the labels of {n} "
+            raise AnnotationError(f"{where}: {self.classes[there[0]]!r} is the only class in the labels of {n} "
                                   f"({spec}){also}")
         novel = set(self.groups(spec).get('novel', ()))
         never = [c for i, c in enumerate(self.classes) if not counts[i] and i not in novel]
@@ -554,7 +558,7 @@ def judge(self:Source,
                          "or folder:ignore=…")
     masked = [i for i in self.splits['val'] if i in self.masks]
     if masked and all((self.mask(i) >= PADDING).all() for i in masked):
-        raise AnnotationError(f"{self.name}: not one pixel of the {len(masked)} validation masks is labelled")
+        raise AnnotationError(f"{where}: not one pixel of the {len(masked)} validation masks is labelled")
     return notes
 
 @patch
@@ -701,7 +705,7 @@ def _class_names(path, classes):
         found = [path/o for o in ('codes.txt', 'classes.txt') if (path/o).is_file()]
         if not found:
             raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, "
-                              "or `classes=`")
+                              "or in another file: --data folder:classes=FILE")
         classes = found[0]
     if not isinstance(classes, (str, Path)): return list(classes)
     file = Path(classes)
@@ -793,6 +797,7 @@ def folder(
     "A folder of images with masks"
     allow_megapixels(max_megapixels)
     path, lut, value_range = Path(path), _value_table(ignore, zero_is_unlabelled, values), black_white(value_range)
+    if not path.is_dir(): raise LayoutError(f"{path}: no such folder")
     if tags is None and (path/'tags.csv').is_file(): tags = 'tags.csv'
     if kind != 'dense' and kind not in KINDS:
         raise AnnotationError(f"kind={kind!r}: expected 'dense' or one of {', '.join(KINDS)}")

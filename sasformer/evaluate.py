@@ -100,7 +100,8 @@ def open_data(
     "The data set to evaluate on, its layout checked"
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if data is None and not settings.exists():
-        raise ValueError(f"{settings}: no such file, so the data set is not known: give --data")
+        raise ValueError(f"{settings}: no such file, so the data set is not known: give --data, if {model} "
+                         "is a model and no other folder")
     if data is None or path is None and settings.exists():
         run = run_recipe(settings)
         same = data is None or source_name(data) == source_name(run['data'])
@@ -144,7 +145,8 @@ def same_classes(
         if a != b:
             say = lambda c: 'nothing' if c is None else repr(c)
             raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set "
-                             f"{src.name} ({len(theirs)} classes)")
+                             f"{src.root or src.name} ({len(theirs)} classes): both have to have the same names in the "
+                             "same order")
 
 # %% ../nbs/61_evaluate.ipynb #6edf5775
 def table_text(

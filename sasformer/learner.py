@@ -714,10 +714,12 @@ def check_run(
         return None
     state = _read_state(path)
     if not resume:
-        raise FileExistsError(f"{folder} holds a run of {state['epochs']} epochs: resume it, or choose another folder")
+        raise FileExistsError(f"{folder} holds a run of {state['epochs']} epochs: resume it (--resume), or choose "
+                              "another folder (--out)")
     old, new = flat_settings(json.loads(state['settings'])), flat_settings(settings)
     if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
-        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}")
+        raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; keep to them, or choose "
+                         "another folder (--out)")
     return state
 
 @patch

@@ -35,7 +35,8 @@ def choose_device(
         return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
     try: torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"device {str(device)!r} cannot be used: {str(e).splitlines()[0]} (without --device the "
+                         "best there is)") from None
     return torch.device(device)
 
 # %% ../nbs/01_machine.ipynb #7f708966

@@ -319,8 +319,8 @@ def list_segmenters(
 
 # %% ../nbs/11_segmenters.ipynb #c307eb85
 # timm's modules whose models know one image size: positions or windows are learned for it
-_one_size = ('beit', 'byoanet', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera', 'levit',
-             'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
+_one_size = ('beit', 'byoanet', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera',
+             'levit', 'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
 _any_size = 'lambda_resnet26t', 'lambda_resnet50ts'   # of byoanet; the others know positions
 _windows = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')   # timm makes these flexible
 

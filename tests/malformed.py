@@ -175,7 +175,7 @@ def labels_that_teach_nothing(rng, home):
     "All void, one class only, or 0 and 255 for two classes"
     a = rng.choice([np.full((24, 32), 255), np.zeros((24, 32)), rng.integers(0, 2, (24, 32))*255]).astype(np.uint8)
     for f in (home/'masks').iterdir(): Image.fromarray(a).save(f)
-    return lambda: folder(home).judge('dense'), 'folder'
+    return lambda: folder(home).judge('dense'), home.name
 
 # ---- layouts and names
 
