@@ -510,8 +510,8 @@ def lab(tmp_path):
     env = dict(os.environ, PYTHONPATH=str(Path(annotate.__file__).parents[1]), **own)
     options = dict(port=port, token='secret', root_dir=tmp_path, open_browser=False, allow_root=True)
     log = (tmp_path/'lab.txt').open('w')
-    process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items()),
-                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+    command = [sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items())]
+    process = subprocess.Popen([*command, '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
                                stdout=log, stderr=log, env=env)
     address, end = f'http://127.0.0.1:{port}', time.time()+120
     while True:
