@@ -536,7 +536,6 @@ def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
     with browser.new_page(viewport=dict(width=1280, height=900)) as page:
         page.set_default_timeout(300_000)
         page.goto(f'{lab}/lab/tree/draw.ipynb?token=secret')
-        page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]')   # its kernel has started
         page.locator('.jp-CodeCell .cm-content').first.click()
         page.keyboard.press('Shift+Enter')
         page.wait_for_selector('.jp-OutputArea-output [data-ready="0"]')
