@@ -602,7 +602,7 @@ class Predictor:
 
     def prepare(self):
         "Import what a prediction needs, which takes seconds; while a training runs, nobody waits for it"
-        import sasformer.evaluate, sasformer.inference, sasformer.learner
+        with self.lock: import sasformer.evaluate, sasformer.inference, sasformer.learner
 
     def load(self):
         "The newest model; call it with the lock"

@@ -296,9 +296,9 @@ class CvatFile(ToolLabels):
             name = f"{self.path}: {image.attrib['name']}"
             size = tuple(self._number(image, side, name, int) for side in ('height', 'width'))
             id = self._add_image(image.attrib['name'], name, size)
-            drawn = sorted(image, key=lambda o: self._number(o, 'z_order', name, int, 0))
-            self.shapes[id] = [self._shape(f'{name}: {o.tag} {n}', o.get('label'), o.tag, self._value(o, name))
-                               for n, o in enumerate(drawn, 1)]
+            drawn = sorted(enumerate(image, 1), key=lambda o: self._number(o[1], 'z_order', name, int, 0))
+            self.shapes[id] = [self._shape(f'{name}: shape {n}', o.get('label'), o.tag, self._value(o, name))
+                               for n, o in drawn]
 
     def _number(self, element, key, name, kind=float, default=None):
         try: return kind(element.get(key, default))

@@ -593,10 +593,11 @@ def large_photo_set(
 
 @contextlib.contextmanager
 def served(
-    root:Path,   # A set
-):               # Yields the link to its page
+    root:Path,      # A set
+    options:str='', # Of `sasformer_train`, for the page's trainings
+):                  # Yields the link to its page
     "`sasformer_annotate` in a process of its own"
-    p = subprocess.Popen([sys.executable, '-m', 'sasformer.annotate', str(root), '--no-browser'],
+    p = subprocess.Popen([sys.executable, '-m', 'sasformer.annotate', str(root), '--no-browser', '--train', options],
                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said = [line.strip() for line in itertools.takewhile(lambda line: 'Ctrl+C' not in line, p.stdout)]

@@ -510,8 +510,8 @@ def lab(tmp_path):
     env = dict(os.environ, PYTHONPATH=str(Path(annotate.__file__).parents[1]), **own)
     options = dict(port=port, token='secret', root_dir=tmp_path, open_browser=False, allow_root=True)
     log = (tmp_path/'lab.txt').open('w')
-    process = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items()),
-                                '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
+    command = [sys.executable, '-m', 'jupyterlab', *(f'--ServerApp.{k}={v}' for k, v in options.items())]
+    process = subprocess.Popen([*command, '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate'],
                                stdout=log, stderr=log, env=env)
     address, end = f'http://127.0.0.1:{port}', time.time()+120
     while True:
@@ -534,7 +534,7 @@ def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[*map(nbformat.v4.new_code_cell, cells)], metadata=kernel),
                    tmp_path/'draw.ipynb')
     with browser.new_page(viewport=dict(width=1280, height=900)) as page:
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(300_000)
         page.goto(f'{lab}/lab/tree/draw.ipynb?token=secret')
         page.locator('.jp-CodeCell .cm-content').first.click()
         page.keyboard.press('Shift+Enter')
