@@ -124,7 +124,6 @@ class ShowRuns:
     def __call__(self,
         logs:dict,        # Name of each run that is going on → the file that it writes into
     ):
-        from sasformer.learner import clock
         now = time.time()
         if now-self.said < (1. if self.live else self.every): return
         self.said = now
@@ -136,7 +135,9 @@ class ShowRuns:
         else: text = ', '.join(f'{name} {100*d:.0f} %' for name, d in done.items())
         begun = {n: v for n, v in self.first.items() if n in done}
         left = [(now-t)*(1-done[n])/(done[n]-d) if done[n] > d else None for n, (t, d) in begun.items()]
-        if left and len(left) == len(done) and None not in left: text += f'; about {clock(max(left))} left'
+        if left and len(left) == len(done) and None not in left:
+            from sasformer.learner import clock   # it takes seconds: not before the first line
+            text += f'; about {clock(max(left))} left'
         elif not any(done.values()): text += f'; starting, {now-self.began:.0f} s'
         print(f'\r{text:<78}' if self.live else text, end='' if self.live else '\n', flush=True)
 

@@ -7,7 +7,8 @@ from sasformer.attention import QK
 from sasformer.cam import class_activation_maps, foreground, id_table, image_boxes, pseudo_labels, tagged_scores
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import Source, scenes
-from sasformer.evaluate import main as evaluate
+from sasformer.annotations import read_label_map
+from sasformer.evaluate import main as evaluate, open_data
 from sasformer.labels import main
 from sasformer.learner import load_segmenter, save_segmenter, sparse_learner
 from sasformer.methods import STAGES, parse_method
@@ -184,6 +185,13 @@ def test_from_tags_to_masks(whole, tmp_path, capsys):
     assert options['iterations'] == 2 and not load_segmenter(one).auxiliary
     main(['pseudo', str(one), '--split', 'val', '--out', str(tmp_path/'masks'), '--thresholds', '0.5'])
     assert '4 label maps written' in capsys.readouterr().out and len(list((tmp_path/'masks').glob('*.png'))) == 4
+    main(['pseudo', str(one), '--split', 'val', '--out', str(tmp_path/'held'), '--stage', 'segmentation'])
+    src = open_data(one)
+    ids, none = foreground(src.classes)
+    for i in src.splits['val']:   # every pixel has a class, and only such as the tags allow
+        found = set(np.unique(read_label_map(tmp_path/'held'/f'{i}.png')).tolist())
+        assert found <= {*src.tags(i)} | ({none} - {None})
+    capsys.readouterr()
     for args, message in (((one, '--split', 'val', '--out', tmp_path/'masks'), 'there already'),
                           ((one, '--split', 'vale', '--out', tmp_path/'m'), '--split vale: folder has train, val'),
                           ((one, '--thresholds', '0.2,0.4', '--out', tmp_path/'m'), 'the higher first'),
