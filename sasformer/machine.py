@@ -185,10 +185,11 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 def environment()->dict:
-    "Machine, versions and commit, for result files"
+    "Machine, versions and commit (where there is no git: what SASFORMER_COMMIT says), for result files"
     import fastai, timm
     changed = _git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', ':(top,exclude)results')
-    return dict(commit=_git('rev-parse', '--short', 'HEAD')+('+changes' if changed else ''),
+    commit = _git('rev-parse', '--short', 'HEAD') or os.environ.get('SASFORMER_COMMIT', '')
+    return dict(commit=commit+('+changes' if changed else ''),
                 machine=f"{_cpu_name()}, {os.cpu_count()} cores",
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
                 cpu_capability=torch.backends.cpu.get_cpu_capability(), cpu_bf16=cpu_multiplies_bf16(),

@@ -220,6 +220,22 @@ TABLES['voc_points'] = Table('Part of VOC from human points: a ViT with a linear
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='voc_subset_point', weights='pretrained'))
+_voc_released = dict(_sasformer, form='released', alpha=1.2, start=0.)
+TABLES['voc_points_448'] = Table('Part of VOC from human points: a ViT at 448 pixels, for a GPU', {
+    'baseline': _baseline,
+    'sasformer': _sasformer,
+    'tel': _tel,
+    'sasformer+tel': _both,
+    'released': _voc_released,
+    'middle': dict(_voc_released, blocks='2,3'),
+    'last': dict(_voc_released, blocks='4'),
+    'segmenter-baseline': dict(_baseline, model='segmenter_vit_small_patch14_dinov2'),
+    'segmenter-released': dict(_voc_released, model='segmenter_vit_small_patch14_dinov2'),
+    'setr-baseline': dict(_baseline, model='setr_vit_small_patch14_dinov2'),
+    'setr-released': dict(_voc_released, model='setr_vit_small_patch14_dinov2'),
+    'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points_448',
+    note='Never to be compared with numbers on VOC: the images are another choice.',
+    base=dict(recipe='voc_subset_point_448', weights='pretrained'))
 TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
     'afa': {},
     'no-affinity': dict(affinity=0.),
@@ -244,9 +260,19 @@ TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
     'tel': _tel,
     'sasformer+tel': _both,
     'released': dict(_sasformer, form='released', alpha=1.2, start=0.),
+    'paper': dict(_sasformer, form='paper', alpha=1.2, start=0.),
     'start0': dict(_sasformer, start=0.),
+    'alpha.3': dict(_sasformer, alpha=.3),
+    'alpha3': dict(_sasformer, alpha=3.),
     'masks': dict(annotation='dense', **_baseline)}, 3, base=dict(recipe='acdc'), folder='acdc',
     note='380 slices of patients that are not among the training ones; mIoU over the four classes of the set.')
+_pairs = lambda **changes: {f'{k}-{m}': dict(f, method=m) for k, f in changes.items() for m in ('baseline', 'sasformer')}
+TABLES['acdc_switches'] = Table('ACDC, one change at a time: what the gain depends on', _pairs(
+    points=dict(annotation='point'),
+    long=dict(annotation='sim_scribble'),
+    size96=dict(size=96, scale_min=.375, scale_max=.75, val_scale=.5),
+    size384=dict(size=384, scale_min=1.5, scale_max=3., val_scale=2.),
+    pretrained=dict(weights='pretrained')), base=dict(recipe='acdc'), folder='acdc_switches')
 
 # %% ../nbs/65_paper.ipynb #49c2cd02
 MSRC_NOVEL = dict(simformer_msrc='cow aeroplane bicycle sign book', simformer_msrc_2='sheep water car flower chair')
