@@ -8,7 +8,7 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule',
            'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged', 'UseSampleOrder', 'check_batch',
            'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder',
-           'saved_settings', 'check_run', 'rows_to_csv']
+           'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -672,9 +672,7 @@ class RunFolder(Callback):
         if is_first():
             self._lock = lock_file(self.folder/'.lock')
             if self._lock is None: raise FileExistsError(f"{self.folder}: another training is at work here")
-            for left in self.folder.glob('.*.tmp'):   # of a process that was killed while it wrote
-                name = re.fullmatch(r'\.(.+)\.\d+\.tmp', left.name)
-                if name and name[1] in (*_written, 'state.pt', 'settings.json'): left.unlink()
+            remove_unfinished(self.folder)
         self.learn.first_epoch = 0
         if state: self._restore(state)
         elif self.about and is_first(): write_json(self.folder/'settings.json', dict(self.about, **environment()))
@@ -696,6 +694,14 @@ def saved_settings(
     return json.loads(_read_state(state)['settings']) if state.exists() else {}
 
 _written = 'log.csv', 'result.json', 'model.json', 'best.safetensors', 'last.safetensors', 'curves.png', 'examples.png'
+
+def remove_unfinished(
+    folder:Path,  # Of a run that nobody works at
+):
+    "Remove the temporary files of a process that was killed while it wrote"
+    for left in Path(folder).glob('.*.tmp'):
+        name = re.fullmatch(r'\.(.+)\.\d+\.tmp', left.name)
+        if name and name[1] in (*_written, 'state.pt', 'settings.json'): left.unlink()
 
 def check_run(
     folder:Path,        # Of a run

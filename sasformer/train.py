@@ -182,7 +182,8 @@ def train(
         learn = r.learner(folder=folder, resume=resume, tensorboard=tensorboard, device=device, labels=labels,
                           allow_changes=allow_changes)
     if trained:   # it was stopped between the last epoch and the pictures
-        from sasformer.learner import load_segmenter
+        from sasformer.learner import load_segmenter, remove_unfinished
+        if first: remove_unfinished(out)
         learn.model = load_segmenter(out/'last.safetensors', learn.dls.device)
     else: r.run(learn)
     if not first: return None

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from conftest import Forked
 from safetensors.torch import load_file
+import sasformer.all   # before the first fork: each run takes seconds, and kills meet its work
 from sasformer import train
 from sasformer.annotations import write_json
 from sasformer.machine import environment
@@ -27,13 +28,17 @@ def moment(out):
     return 'before the first step'
 
 
-def same(a, b):
-    "Equal weights, both models; equal curves; the same files"
-    weights = all(torch.equal(x[k], y[k]) for n in ('best', 'last')
-                  for x, y in [[load_file(f/f'{n}.safetensors') for f in (a, b)]] for k in x.keys() | y.keys())
+def difference(a, b):
+    "Where two runs differ, in words: weights, curves, or files"
+    weights = [f'{n}: {k}' for n in ('best', 'last')
+               for x, y in [[load_file(f/f'{n}.safetensors') for f in (a, b)]] for k in sorted(x.keys() | y.keys())
+               if k not in x or k not in y or not torch.equal(x[k], y[k])]
     curve = lambda f: json.loads((f/'result.json').read_text())['curve']
     curves = [[{k: v for k, v in r.items() if k != 'seconds'} for r in curve(f)] for f in (a, b)]
-    return weights and curves[0] == curves[1] and {f.name for f in a.iterdir()} == {f.name for f in b.iterdir()}
+    files = sorted({f.name for f in a.iterdir()} ^ {f.name for f in b.iterdir()})
+    return '; '.join([*(['weights '+', '.join(weights[:3])] if weights else []),
+                      *([f'curves {curves[0]} and {curves[1]}'] if curves[0] != curves[1] else []),
+                      *(['files '+', '.join(files)] if files else [])])
 
 
 def kill_and_resume(whole, seconds, folder, g):
@@ -46,10 +51,10 @@ def kill_and_resume(whole, seconds, folder, g):
         kills.append(moment(folder))
         if kills[-1] == 'after the pictures': break
     if kills[-1] != 'after the pictures':
-        p = program(folder, resume=True)
+        p = program(folder, resume=folder.exists())   # killed before it made its folder: it begins
         p.process.join(600)
         if p.poll() != 0: return kills, p.printed.strip().splitlines()[-1]
-    return kills, '' if same(whole, folder) else 'differs from the uninterrupted run'
+    return kills, difference(whole, folder)
 
 
 def main():
@@ -70,11 +75,13 @@ def main():
         for k in kills: moments[k] = moments.get(k, 0)+1
         if fault: wrong.append(dict(run=done, kills=kills, fault=fault))
         print(f'{done}: {", ".join(kills)}{": "*bool(fault)}{fault}', flush=True)
-        shutil.rmtree(work/'run', ignore_errors=True)
+        if fault and (work/'run').exists(): (work/'run').rename(work/f'fault{done}')
+        else: shutil.rmtree(work/'run', ignore_errors=True)
     write_json(o.out, dict(runs=done, lost_or_different=len(wrong), faults=wrong, kills=sum(moments.values()),
                            moments=moments, seconds_of_a_run=seconds, seed=o.seed, arguments=' '.join(ARGS),
                            environment=environment()))
-    shutil.rmtree(work)
+    if wrong: print(f'what was left: {work}')
+    else: shutil.rmtree(work)
 
 
 if __name__ == '__main__': main()

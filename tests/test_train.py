@@ -91,6 +91,10 @@ def test_killed_and_resumed(whole, tmp_path):
     a, b = weights(one), weights(out)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert [r['miou'] for r in rows(one)] == [r['miou'] for r in rows(out)]
+    # as if killed while the first picture was written: --resume draws it, and leaves nothing of the dead process
+    (out/'curves.png').rename(out/'.curves.png.12345.tmp')
+    start('--epochs', 2, '--out', out, '--resume').finish()
+    assert (out/'curves.png').exists() and not list(out.glob('.*.tmp'))
 
 
 def test_stride_stays_with_mit():
