@@ -31,8 +31,9 @@ class AnnotationError(ValueError): "A label file, a mask or an annotation's name
 def turned(found, expected):
     "What to say where a map (H, W) would fit its image the other way round"
     if tuple(found) == tuple(expected) or tuple(found)[::-1] != tuple(expected): return ''
-    return ('; height and width fit the other way round: if EXIF turns the photograph and the mask was drawn on it '
-            'as stored, turn the mask, or take the orientation out of the photograph')
+    return ('; height and width fit the other way round: if the mask was drawn on the photograph as it is stored, and '
+            'EXIF turns that, take the orientation out of the photograph (exiftool -Orientation= FILE), or turn the '
+            'mask the same way')
 
 def check_label_map(
     label_map,        # Class ids, 255 and 254, (H, W), any integer type
@@ -57,8 +58,8 @@ def check_label_map(
         bad = values[(values >= n_classes) & (values < PADDING)]
         if len(bad):
             raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes '
-                                  f'(0..{n_classes-1}): name its class too, or say what it means, as in '
-                                  f'--data folder:ignore={bad[0]} (unlabelled)')
+                                  f'(0..{n_classes-1}): if it is a class, name all up to it, {bad[0]+1} in all; if '
+                                  f'it means unlabelled, as 255 does, say --data folder:ignore={bad[0]}')
     return label_map.astype(np.uint8, copy=False)
 
 # %% ../nbs/00_annotations.ipynb #3b3da9a5
@@ -136,8 +137,9 @@ def opened(
         raise error(f"{name}: {str(e).split(' pixels,')[0]} pixels; if the file can be trusted, raise the limit: "
                     "--max_megapixels of sasformer_predict, --data folder:max_megapixels=… elsewhere") from e
     except UnidentifiedImageError as e:
-        raise error(f'{name}: cannot be read as {what}: of no known format, or of too many channels'
-                    + ' (a training with --data folder:channels=N reads N of them)'*more) from e
+        raise error(f'{name}: cannot be read as {what}: its format is not known, or it has more channels than a '
+                    'photograph; save it as PNG, JPEG or RGB TIFF'
+                    + '; models of N channels come from a training with --data folder:channels=N'*more) from e
     except AnnotationError as e: raise error(f'{name}: {e}') from e
     except Exception as e:   # struct.error, SyntaxError, IndexError …
         raise error(f'{name}: cannot be read as {what}: {e or type(e).__name__}; if the file is damaged, replace it '
@@ -175,8 +177,8 @@ def _coloured(image):
     if len(seen) > 64: return f'it has {len(seen)} colours: smoothed edges or a photograph, not the map of any classes'
     if (rgb == rgb[:, :1]).all(): return 'its channels are equal: save it as grey (one channel)'
     some = '+'.join(f'{c:06x}:{i}' for i, c in enumerate(seen[:6].tolist()))
-    return (f'it has {len(seen)} colours: give each its class, as in --data folder:colours={some}, '
-            f'or make label files of them: sasformer_labels convert FOLDER --colours {some}')
+    return (f'it has {len(seen)} colours: say which class each is, as in --data folder:colours={some} (if they are in '
+            f'this order), or make label files of the whole folder: sasformer_labels convert FOLDER --colours {some}')
 
 # %% ../nbs/00_annotations.ipynb #b4ba7f50
 def _stored(ids, raw):

@@ -300,5 +300,6 @@ def get_source(
     "The data set of that name"
     name, kwargs = source_name(name), {**source_options(name), **kwargs}
     if path is None and name not in BUILT_IN:
-        raise ValueError(f"{name} needs the folder it lies in: --path FOLDER, or get_source({name!r}, path)")
+        raise ValueError(f"{name} needs its folder, as in --path {'photos' if name == 'folder' else 'FOLDER'}; in Python "
+                         f"get_source({name!r}, path)")
     return SOURCES[name](path, **kwargs)

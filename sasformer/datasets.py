@@ -115,8 +115,9 @@ def _bands(path, channels, read):
     try:
         reader = {'.npy': _npy_bands, '.tif': _tiff_bands, '.tiff': _tiff_bands}.get(path.suffix.lower(), _pillow_bands)
         a = reader(path, False)
-        if a.shape[2] != channels: raise ValueError(f"has {a.shape[2]} channels, expected {channels}, as the "
-                                                       "model or --data folder:channels=… says")
+        if a.shape[2] != channels: raise ValueError(
+            f"has {a.shape[2]} channels, expected {channels}, as --data folder:channels={channels} or the trained "
+            f"model says: save it with {channels}, or say channels={a.shape[2]} if all images of a training have them")
         if a.dtype.kind not in 'uif': raise ValueError(f"has pixels of type {a.dtype}, expected numbers")
         limit = 2*Image.MAX_IMAGE_PIXELS if Image.MAX_IMAGE_PIXELS else np.inf
         if a.shape[0]*a.shape[1] > limit:
@@ -545,8 +546,10 @@ def judge(self:Source,
         if not there: raise AnnotationError(f"{where}: not one pixel of {n} is labelled ({spec})")
         if len(there) == 1 and len(self.classes) > 1:
             void = kind in ('dense', 'best') and counts[UNLABELLED] and not self.colours
-            also = ("; all other pixels are 255, which means unlabelled: if 255 is a class in these files, name "
-                    "its id, as in --data folder:values=255:1" if void else '')
+            other = self.classes[1-there[0]] if len(self.classes) == 2 else 'another class'
+            also = (f"; all other pixels are 255, which means unlabelled: if 255 is {other!r} in these files, say so: "
+                    f"--data folder:values=255:{1-there[0] if len(self.classes) == 2 else 'ID'}" if void else '')
+            also += f"; {'if it is not' if void else 'to learn anything'}, label pixels of another class too"
             raise AnnotationError(f"{where}: {self.classes[there[0]]!r} is the only class in the labels of {n} "
                                   f"({spec}){also}")
         novel = set(self.groups(spec).get('novel', ()))
@@ -704,8 +707,8 @@ def _class_names(path, classes):
     if classes is None:
         found = [path/o for o in ('codes.txt', 'classes.txt') if (path/o).is_file()]
         if not found:
-            raise LayoutError(f"{path}: expected class names, one a line in id order, in codes.txt or classes.txt, "
-                              "or in another file: --data folder:classes=FILE")
+            raise LayoutError(f"{path}: no names of classes: write them into {path/'codes.txt'}, one a line (the "
+                              "first is class 0, the next 1, …), or name their file: --data folder:classes=FILE")
         classes = found[0]
     if not isinstance(classes, (str, Path)): return list(classes)
     file = Path(classes)

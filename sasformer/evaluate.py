@@ -100,8 +100,8 @@ def open_data(
     "The data set to evaluate on, its layout checked"
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if data is None and not settings.exists():
-        raise ValueError(f"{settings}: no such file, so the data set is not known: give --data, if {model} "
-                         "is a model and no other folder")
+        raise ValueError(f"{model} holds no {settings.name}: expected the folder of a training, as in sasformer_eval "
+                         "runs/mine; for a model alone give its data set too: --data folder --path photos")
     if data is None or path is None and settings.exists():
         run = run_recipe(settings)
         same = data is None or source_name(data) == source_name(run['data'])
@@ -145,8 +145,9 @@ def same_classes(
         if a != b:
             say = lambda c: 'nothing' if c is None else repr(c)
             raise ValueError(f"class {i} is {say(a)} in the model ({len(ours)} classes) and {say(b)} in the data set "
-                             f"{src.root or src.name} ({len(theirs)} classes): both have to have the same names in the "
-                             "same order")
+                             f"{src.root or src.name} ({len(theirs)} classes): both need the same names in the same "
+                             "order (counted from 0); if only the name differs, write the model's into the file of "
+                             "names (codes.txt)")
 
 # %% ../nbs/61_evaluate.ipynb #6edf5775
 def table_text(

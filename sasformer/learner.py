@@ -720,7 +720,7 @@ def check_run(
         return None
     state = _read_state(path)
     if not resume:
-        raise FileExistsError(f"{folder} holds a run of {state['epochs']} epochs: resume it (--resume), or choose "
+        raise FileExistsError(f"{folder} holds a run already, {state['epochs']} epochs done: resume it (--resume), or choose "
                               "another folder (--out)")
     old, new = flat_settings(json.loads(state['settings'])), flat_settings(settings)
     if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:

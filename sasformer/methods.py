@@ -74,7 +74,10 @@ def among(o, name, allowed):
 def _numbers(o, names, right, expected):
     for name in names:
         value = getattr(o, name)
-        if value is not None and not right(value): raise ValueError(f"{name}={value}: expected {expected}")
+        if value is None or right(value): continue
+        usual = next((f.default for f in dataclasses.fields(o) if f.name == name), None)
+        also = f', such as the default, {usual}' if isinstance(usual, (int, float)) else ''
+        raise ValueError(f"{name}={value}: expected {expected}{also}")
 
 def positive(o, *names):
     "Each is `None` or a finite number above 0"

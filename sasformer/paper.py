@@ -244,7 +244,9 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     'cnn': _cnn,
     'mit': _mit,
     'points': dict(annotation='point', method='baseline'),
-    'masks': dict(annotation='dense', method='baseline')}, 3, folder='afa_voc',
+    'masks': dict(annotation='dense', method='baseline'),
+    'cnn-points': dict(_cnn, annotation='point', method='baseline'),
+    'cnn-masks': dict(_cnn, annotation='dense', method='baseline')}, 3, folder='afa_voc',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
 

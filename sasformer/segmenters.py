@@ -329,8 +329,8 @@ def _check_size(name, backbone, kw):
     if 'img_size' in kw or backbone.partition('.')[0] in _any_size: return
     if not is_model_in_modules(backbone, _one_size): return
     raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and "
-                     "photographs of any; choose another backbone, or name its size "
-                     "(create_segmenter(…, img_size=224)) and keep to it")
+                     "photographs of any; take another, as segformer_mit_b0 or segmenter_vit_small_patch16_224; in "
+                     "Python create_segmenter(…, img_size=224) keeps to one size")
 
 def _split_name(name):
     "Decoder and backbone of a segmenter's name; an error that suggests near names"
