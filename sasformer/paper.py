@@ -68,6 +68,7 @@ class Table:
     folder:str=None            # Where the results of such a comparison lie; None: a folder for each size
 
 _baseline, _tel, _sasformer, _both = (dict(method=m) for m in ('baseline', 'tel', 'sasformer', 'sasformer+tel'))
+_released = dict(_sasformer, form='released', alpha=1.2, start=0.)   # from the first step, as in the released code
 _point, _scribble = (dict(base=b, **_sasformer) for b in ('point', 'scribble'))
 _methods = lambda base: {
     'baseline': dict(base=base, **_baseline), 'TEL': dict(base=base, **_tel),
@@ -139,6 +140,7 @@ TABLES.update(
         'baseline': _baseline,
         'sasformer': _sasformer,
         'sasformer-alpha3': dict(_sasformer, alpha=3.),
+        'released': _released,
         'tel': _tel}, 3, base=dict(recipe='scenes'), folder='scenes'),
     scenes_scribble=Table(
         'Scenes from scribbles, α = 1.2 from the start', dict(baseline=_baseline, sasformer=_sasformer), 3,
@@ -216,23 +218,22 @@ TABLES['voc_points'] = Table('Part of VOC from human points: a ViT with a linear
     'baseline': _baseline,
     'sasformer': _sasformer,
     'tel': _tel,
-    'released': dict(_sasformer, form='released', alpha=1.2, start=0.),
+    'released': _released,
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='voc_subset_point', weights='pretrained'))
-_voc_released = dict(_sasformer, form='released', alpha=1.2, start=0.)
 TABLES['voc_points_448'] = Table('Part of VOC from human points: a ViT at 448 pixels, for a GPU', {
     'baseline': _baseline,
     'sasformer': _sasformer,
     'tel': _tel,
     'sasformer+tel': _both,
-    'released': _voc_released,
-    'middle': dict(_voc_released, blocks='2,3'),
-    'last': dict(_voc_released, blocks='4'),
+    'released': _released,
+    'middle': dict(_released, blocks='2,3'),
+    'last': dict(_released, blocks='4'),
     'segmenter-baseline': dict(_baseline, model='segmenter_vit_small_patch14_dinov2'),
-    'segmenter-released': dict(_voc_released, model='segmenter_vit_small_patch14_dinov2'),
+    'segmenter-released': dict(_released, model='segmenter_vit_small_patch14_dinov2'),
     'setr-baseline': dict(_baseline, model='setr_vit_small_patch14_dinov2'),
-    'setr-released': dict(_voc_released, model='setr_vit_small_patch14_dinov2'),
+    'setr-released': dict(_released, model='setr_vit_small_patch14_dinov2'),
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points_448',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='voc_subset_point_448', weights='pretrained'))
@@ -254,6 +255,7 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
 TABLES['phantoms'] = Table('What make demo trains: built-in hearts from scribbles, from scratch', {
     'baseline': _baseline,
     'sasformer': _sasformer,
+    'released': _released,
     'tel': _tel,
     'sasformer+tel': _both}, 3, base=dict(recipe='phantoms'), folder='phantoms')
 TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
@@ -261,7 +263,7 @@ TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
     'sasformer': _sasformer,
     'tel': _tel,
     'sasformer+tel': _both,
-    'released': dict(_sasformer, form='released', alpha=1.2, start=0.),
+    'released': _released,
     'paper': dict(_sasformer, form='paper', alpha=1.2, start=0.),
     'start0': dict(_sasformer, start=0.),
     'alpha.3': dict(_sasformer, alpha=.3),
