@@ -58,8 +58,9 @@ def check_label_map(
         bad = values[(values >= n_classes) & (values < PADDING)]
         if len(bad):
             raise AnnotationError(f'{name}: id {bad[0]} is beyond the {n_classes} classes '
-                                  f'(0..{n_classes-1}): if it is a class, name all up to it, {bad[0]+1} in all; if '
-                                  f'it means unlabelled, as 255 does, say --data folder:ignore={bad[0]}')
+                                  f'(0..{n_classes-1}): if it means one of them, say which: --data '
+                                  f'folder:values={bad[0]}:{n_classes-1}; if unlabelled, as 255 does: --data '
+                                  f'folder:ignore={bad[0]}; if a class of its own, name all {bad[0]+1} (codes.txt)')
     return label_map.astype(np.uint8, copy=False)
 
 # %% ../nbs/00_annotations.ipynb #3b3da9a5

@@ -100,8 +100,9 @@ def open_data(
     "The data set to evaluate on, its layout checked"
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if data is None and not settings.exists():
-        raise ValueError(f"{model} holds no {settings.name}: expected the folder of a training, as in sasformer_eval "
-                         "runs/mine; for a model alone give its data set too: --data folder --path photos")
+        raise ValueError(f"{model} is no folder of a training (it holds no {settings.name}): give the one that --out "
+                         "made, as in sasformer_eval runs/mine; a model file needs its data set too: sasformer_eval "
+                         "MODEL --data folder --path photos")
     if data is None or path is None and settings.exists():
         run = run_recipe(settings)
         same = data is None or source_name(data) == source_name(run['data'])
