@@ -270,6 +270,9 @@ TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
     'alpha3': dict(_sasformer, alpha=3.),
     'masks': dict(annotation='dense', **_baseline)}, 3, base=dict(recipe='acdc'), folder='acdc',
     note='380 slices of patients that are not among the training ones; mIoU over the four classes of the set.')
+TABLES['phantoms_switches'] = Table('Built-in hearts, other labels: what the gain depends on', {
+    f'{k}-{m}': dict(annotation=a, method=m) for k, a in dict(points='point', blocks='block10', masks='dense').items()
+    for m in ('baseline', 'sasformer')}, base=dict(recipe='phantoms'), folder='phantoms_switches')
 _pairs = lambda **changes: {f'{k}-{m}': dict(f, method=m) for k, f in changes.items() for m in ('baseline', 'sasformer')}
 TABLES['acdc_switches'] = Table('ACDC, one change at a time: what the gain depends on', _pairs(
     points=dict(annotation='point'),
