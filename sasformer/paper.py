@@ -270,15 +270,18 @@ TABLES['acdc'] = Table('ACDC: scribbles drawn by experts, from scratch', {
     'alpha3': dict(_sasformer, alpha=3.),
     'masks': dict(annotation='dense', **_baseline)}, 3, base=dict(recipe='acdc'), folder='acdc',
     note='380 slices of patients that are not among the training ones; mIoU over the four classes of the set.')
-TABLES['phantoms_switches'] = Table('Built-in hearts, other labels: what the gain depends on', {
-    f'{k}-{m}': dict(annotation=a, method=m) for k, a in dict(points='point', blocks='block10', masks='dense').items()
-    for m in ('baseline', 'sasformer')}, base=dict(recipe='phantoms'), folder='phantoms_switches')
-_pairs = lambda **changes: {f'{k}-{m}': dict(f, method=m) for k, f in changes.items() for m in ('baseline', 'sasformer')}
-TABLES['acdc_switches'] = Table('ACDC, one change at a time: what the gain depends on', _pairs(
+
+# %% ../nbs/65_paper.ipynb #794e94c5
+def _pairs(**changes):
+    "Rows of the baseline and of SASFormer for each change"
+    return {f'{k}-{m}': dict(f, method=m) for k, f in changes.items() for m in ('baseline', 'sasformer')}
+
+TABLES['phantoms_switches'] = Table('Built-in hearts from other labels', {
+    **_pairs(points=dict(annotation='point'), blocks=dict(annotation='block10')),
+    'masks': dict(annotation='dense', **_baseline)}, base=dict(recipe='phantoms'), folder='phantoms_switches')
+TABLES['acdc_switches'] = Table('ACDC, one change at a time', _pairs(
     points=dict(annotation='point'),
-    long=dict(annotation='sim_scribble'),
     size96=dict(size=96, scale_min=.375, scale_max=.75, val_scale=.5),
-    size384=dict(size=384, scale_min=1.5, scale_max=3., val_scale=2.),
     pretrained=dict(weights='pretrained')), base=dict(recipe='acdc'), folder='acdc_switches')
 
 # %% ../nbs/65_paper.ipynb #49c2cd02
