@@ -74,6 +74,7 @@ def open_model(
     except (OSError, ValueError): raise
     except Exception as e: raise ValueError(f"{path}: model.json does not describe a model: {e!r}") from e
 
+# %% ../nbs/61_evaluate.ipynb #40f8c40f
 def run_recipe(
     settings:Path,  # `settings.json` of a run
 )->dict:            # Field of `Recipe` → value
@@ -92,6 +93,7 @@ def run_value_range(
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     return source_options(run_recipe(settings)['data']).get('value_range') if settings.exists() else None
 
+# %% ../nbs/61_evaluate.ipynb #4b4f0994
 def open_data(
     model:Path,        # As for `open_model`
     data:str=None,     # Name of the data set; None: the run's
@@ -109,6 +111,7 @@ def open_data(
         if same and ':' not in (data or ''): data = run['data']   # with the options that the run gave it
     return get_source(data, path).check()
 
+# %% ../nbs/61_evaluate.ipynb #3bad0456
 def open_groups(
     model:Path,       # As for `open_model`
     src,              # Data set
@@ -229,6 +232,7 @@ def eval_parser():
     p.error = lambda message: p.exit(2, f'{p.prog}: error: {message}\n')   # one line, without the usage
     return p
 
+# %% ../nbs/61_evaluate.ipynb #90baa9d3
 def is_result(
     path:Path,  # Of a file
 )->bool:
@@ -237,6 +241,7 @@ def is_result(
     except (OSError, ValueError, RecursionError): return False
     return isinstance(found, dict) and {'model', 'split', 'miou'} <= set(found)
 
+# %% ../nbs/61_evaluate.ipynb #8b2babe5
 def report(cm, src, o, machine, seconds, processes, stages=None, groups=(), parts=()):
     "Print the numbers and write them to `o.out`"
     from sasformer.machine import environment
