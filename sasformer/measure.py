@@ -98,6 +98,7 @@ LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(
 
 def _fold(y, classes): return (y%classes).where(y < PADDING, y)   # the scenes' classes, in a model with fewer
 
+# %% ../nbs/33_measure.ipynb #2d9467c0
 class Step:
     "Training steps of one segmenter on crops of the built-in scenes"
     def __init__(self, o):
@@ -267,6 +268,7 @@ def one_at_a_time(model, x, scales, flip):
             total = total + (y.flip(-1) if mirrored else y)
     return total.log()
 
+# %% ../nbs/33_measure.ipynb #a08c76ef
 def bench_evaluate(o)->dict:
     "Evaluation at one scale and at the paper's seven with mirror images"
     src = _source(o)
@@ -634,6 +636,7 @@ def drawn_strokes(page, n, moves=60)->dict:
         .map(e => [e.duration, e.serverTiming[0].duration])""")
     return dict(times, save=[s[0] for s in saves], save_server=[s[1] for s in saves])
 
+# %% ../nbs/33_measure.ipynb #17ae1567
 def first_predictions(page, weights, n=3)->dict:
     "Seconds to the prediction of the first model that the program sees, and of `n` new ones"
     shown, after_start, seconds = 'page.stage.layers.prediction.whole', time.perf_counter(), []
