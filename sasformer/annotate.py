@@ -436,6 +436,7 @@ def labels_part(
             if not (out == UNLABELLED).any(): return out
     return out
 
+# %% ../nbs/70_annotate.ipynb #423aa8ba
 def palette_png(
     ids:np.ndarray,      # (H, W) uint8
     palette:np.ndarray,  # (C, 3) uint8
@@ -695,6 +696,7 @@ def next_photo(
     if wanted: return dict(id=wanted[0], why="the next without labels" if not labelled[wanted[0]] else "the next")
     return dict(id=None, why="every photograph is labelled")
 
+# %% ../nbs/70_annotate.ipynb #bfc1926b
 @patch
 def rank(self:Predictor, busy):
     "Look at the photographs without labels while the machine is not `busy()`, in a thread of its own"

@@ -146,6 +146,7 @@ def _all_masks(src):
                           f"such as {src.images[lack[0]]}")
     return src
 
+# %% ../nbs/03_benchmarks.ipynb #84c6cd0e
 CITYSCAPES = {   # name: (labelId, colour), in the order of the train ids
     'road':(7, (128, 64, 128)), 'sidewalk':(8, (244, 35, 232)), 'building':(11, (70, 70, 70)),
     'wall':(12, (102, 102, 156)), 'fence':(13, (190, 153, 153)), 'pole':(17, (153, 153, 153)),

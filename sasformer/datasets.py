@@ -640,6 +640,7 @@ class MaskFolder:
         m = read_label_map(self.files[id], shape=shape, colours=self.colours)
         return m if self.lut is None else self.lut[m]
 
+# %% ../nbs/01_datasets.ipynb #b2bfc6c6
 def _listing(folder, what, suffixes=IMAGE_SUFFIXES, ending='', recurse=False, beginning='', but=None):
     "Id → file, for the files of a folder whose name is `beginning`, the id, `ending` and one of `suffixes`"
     if not folder.is_dir(): raise LayoutError(f"{folder}: no such folder; expected {what} there")

@@ -189,6 +189,7 @@ def group_of(
         if not pattern.search(i): raise ValueError(f"--dice_of {pattern.pattern}: nothing in the id {i} fits it")
     return lambda i: pattern.search(i)[0]
 
+# %% ../nbs/61_evaluate.ipynb #9e279827
 def sum_of(cms):
     "The confusion matrix of all groups together"
     from sasformer.metrics import ConfusionMatrix

@@ -556,6 +556,7 @@ class OfLabelledPixels(Metric):
     @property
     def name(self): return self.metric.name
 
+# %% ../nbs/31_learner.ipynb #8d16a32a
 @patch
 def predict(self:SparseLearner,
     item,      # Photograph: path, PIL image, or uint8 array (H, W, 3); see `pixels`

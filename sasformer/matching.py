@@ -71,6 +71,7 @@ def _cells(target, size, pixels, dtype):
     shares = shares*(maps[0].numel()/shares.shape[1])   # pixels, so that dice is of the full-sized map
     return shares[:-1], shares[-1]
 
+# %% ../nbs/24_matching.ipynb #470736a3
 def matching_cost(
     classes:Tensor,        # Logits with no object last, (…, Q, C+1)
     masks:Tensor,          # Logits, (…, Q, h, w)
@@ -106,6 +107,7 @@ class Matches(NamedTuple):
     name:Tensor     # The target's class
     novel:Tensor    # Is it novel, without a mask? (bool)
 
+# %% ../nbs/24_matching.ipynb #fb3fc78a
 @torch.no_grad()
 def match(
     p:Proposals,    # Of one layer or several

@@ -48,6 +48,7 @@ def alternate(
                                     stages if isinstance(stages, dict) else {}))
     return times
 
+# %% ../nbs/33_measure.ipynb #fca01547
 def summary(
     times:dict,      # From `alternate`
     base:str=None,   # Variant to which ratios refer; None: the first
@@ -224,6 +225,7 @@ def equal_models(
         getattr(ours.decoder, n).load_state_dict(m.state_dict())
     return ours, theirs
 
+# %% ../nbs/33_measure.ipynb #a3581203
 def loop_of_transformers(model, files, out):
     "Predict image after image with a model of transformers"
     for f in files:
@@ -557,6 +559,7 @@ def trace_times(
             frames.append((e['dur']/1e3, e.get('tdur', e['dur'])/1e3))
     return dict(pen=pen, frame=[f[0] for f in frames], frame_cpu=[f[1] for f in frames])
 
+# %% ../nbs/33_measure.ipynb #02d2203d
 TRACED = 'benchmark', 'cc', 'input', 'devtools.timeline'
 CHROMIUM_FLAGS = ('--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-component-update',
                   '--disable-background-networking', '--disable-sync')
@@ -593,6 +596,7 @@ def large_photo_set(
     write_json(run/'arguments.json', ['--epochs', '1', '--method', 'baseline'])
     write_json(run/'result.json', {})
 
+# %% ../nbs/33_measure.ipynb #2c0eea9a
 @contextlib.contextmanager
 def served(
     root:Path,      # A set
