@@ -38,6 +38,7 @@ class Stroke(NamedTuple):
     width:int           # Diameter of the tool, in pixels, odd
     points:np.ndarray   # Pixels (x, y) that it passed, (N, 2) integers
 
+# %% ../nbs/70_annotate.ipynb #f7d7aeb8
 def parse_stroke(
     data,         # What a page sent: tool, cls, width, points
     n_classes:int,
@@ -58,6 +59,7 @@ def parse_stroke(
     if tool == 'point' and len(points) > 1: raise AnnotationError(f"stroke: a point has {len(points)} positions, not 1")
     return Stroke(tool, cls, width, _positions(points, width, shape))
 
+# %% ../nbs/70_annotate.ipynb #704d88eb
 def _positions(points, width, shape):
     "The pixels that hold the positions, none further from the photograph than its own size"
     try: xy = np.array(points, float)
@@ -97,6 +99,7 @@ def palette_of(
     "Colours of the classes on the page and in the files that it writes"
     return np.concatenate([np.array(COLOURS, np.uint8), voc_palette()])[:n]
 
+# %% ../nbs/70_annotate.ipynb #1e595e76
 def _photographs(images):
     "Split → {id: file}, as `folder` finds them; one split '' where there is no train/ and val/"
     images = Path(os.path.abspath(images))
@@ -344,6 +347,7 @@ def _done(self:LabelSet, m, step):
     m.redo.clear()
     del m.undo[:-m.max_steps]
 
+# %% ../nbs/70_annotate.ipynb #539ac9a8
 @patch
 def back(self:LabelSet,
     id:str, version:str,  # As for `draw`
@@ -359,6 +363,7 @@ def back(self:LabelSet,
         return *m.restored(one[-1]), done
     return self._change(id, version, change)
 
+# %% ../nbs/70_annotate.ipynb #d5cfb95e
 @patch
 def accept(self:LabelSet,
     id:str, version:str,     # As for `draw`
@@ -431,6 +436,7 @@ def labels_part(
             if not (out == UNLABELLED).any(): return out
     return out
 
+# %% ../nbs/70_annotate.ipynb #423aa8ba
 def palette_png(
     ids:np.ndarray,      # (H, W) uint8
     palette:np.ndarray,  # (C, 3) uint8
@@ -491,6 +497,7 @@ class Training:
                 '--scale_min', f'{.5*scale:.3g}', '--scale_max', f'{2*scale:.3g}', '--val_scale', f'{scale:.3g}',
                 *self.options, '--out', str(out)]
 
+# %% ../nbs/70_annotate.ipynb #528712a3
 def train_recipe(
     options:list,   # Of `sasformer_train`, those that the page does not choose
 ):                  # The recipe
@@ -529,6 +536,7 @@ def start(self:Training,
             write_json(run/'arguments.json', args)
         self.process, self.stopped = self._process(run, args), False
 
+# %% ../nbs/70_annotate.ipynb #41077079
 @patch
 def goes_on(self:Training, run)->bool:
     "Was this run stopped after an epoch, and before its last?"
@@ -556,6 +564,7 @@ def stop(self:Training,
     except subprocess.TimeoutExpired: self.process.kill()
     self.process.wait()
 
+# %% ../nbs/70_annotate.ipynb #e56e3284
 def _number(text):
     try: return float(text)
     except ValueError: return None
@@ -620,13 +629,15 @@ class Predictor:
         self.unsure.clear()
         return model
 
-    def probabilities(self, id)->np.ndarray:
-        "Of the classes, (C, h, w) float32, at the scale of the training; call it with the lock"
-        from sasformer.inference import image_tensor, predict_logits
-        model, image = self.load(), open_image(self.maps.images[id])
-        size = [max(32, round(n*self.scale)) for n in image.size]
-        x = image_tensor(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3), model)
-        return predict_logits(model, x, dtype=self.dtype)[0].softmax(0).cpu().numpy()
+# %% ../nbs/70_annotate.ipynb #e4650cba
+@patch
+def probabilities(self:Predictor, id)->np.ndarray:
+    "Of the classes, (C, h, w) float32, at the scale of the training; call it with the lock"
+    from sasformer.inference import image_tensor, predict_logits
+    model, image = self.load(), open_image(self.maps.images[id])
+    size = [max(32, round(n*self.scale)) for n in image.size]
+    x = image_tensor(image.resize(size, Image.Resampling.BILINEAR, reducing_gap=3), model)
+    return predict_logits(model, x, dtype=self.dtype)[0].softmax(0).cpu().numpy()
 
 # %% ../nbs/70_annotate.ipynb #25a1dfe6
 @patch
@@ -654,6 +665,7 @@ def mask(self:Predictor, id:str)->np.ndarray:
         out[better], best[better] = c, one[better]
     return out
 
+# %% ../nbs/70_annotate.ipynb #9258664c
 def entropy_png(
     entropy:np.ndarray,  # (h, w) uint8
 )->bytes:
@@ -684,6 +696,7 @@ def next_photo(
     if wanted: return dict(id=wanted[0], why="the next without labels" if not labelled[wanted[0]] else "the next")
     return dict(id=None, why="every photograph is labelled")
 
+# %% ../nbs/70_annotate.ipynb #bfc1926b
 @patch
 def rank(self:Predictor, busy):
     "Look at the photographs without labels while the machine is not `busy()`, in a thread of its own"
@@ -759,6 +772,7 @@ async def _json(request):
     if not isinstance(data, dict): raise AnnotationError("the request is no JSON object")
     return data
 
+# %% ../nbs/70_annotate.ipynb #b98c7367
 def _view(request, shape):
     "Box and size that a request asks for; the whole photograph, at most 1600 pixels, where it says nothing"
     h, w = shape
@@ -834,6 +848,7 @@ def accept(self:Pages, request, data):
     id = self._id(request)
     return self.maps.accept(id, data.get('version'), self.predictor.mask(id))
 
+# %% ../nbs/70_annotate.ipynb #ef629b31
 @patch
 def prediction(self:Pages, request, data):
     return palette_png(self.predictor.look(self._id(request))[0], self.maps.palette), 'image/png'
@@ -842,6 +857,7 @@ def prediction(self:Pages, request, data):
 def entropy(self:Pages, request, data):
     return entropy_png(self.predictor.look(self._id(request))[1]), 'image/png'
 
+# %% ../nbs/70_annotate.ipynb #466abb25
 # What can be asked of a photograph, and what can be done to it
 SEEN = 'photo', 'image', 'thumb', 'labels', 'prediction', 'entropy', 'next'
 DONE = 'strokes', 'undo', 'redo', 'accept'
@@ -851,6 +867,7 @@ def next(self:Pages, request, data):
     choice = next_photo(self.maps, self.predictor.unsure, self._id(request))
     return dict(choice, n=self.maps.ids.index(choice['id']) if choice['id'] else None)
 
+# %% ../nbs/70_annotate.ipynb #aa6af8b2
 @patch
 def train(self:Pages, request, data):
     "How far the training is; when it is done, the model begins to look at what has no labels"
@@ -937,6 +954,7 @@ def answer_message(
         return dict(id=content['id'], status=200, type=done[1]), [done[0]]
     except Exception as e: return dict(id=content.get('id'), status=status_of(e), data=dict(error=one_line(e))), []
 
+# %% ../nbs/70_annotate.ipynb #adc1f2bf
 def annotate(
     photos,          # Folder of photographs, a set, or a `Source` that has one
     classes=None,    # Names in id order; None: those of the set's codes.txt
@@ -998,6 +1016,7 @@ def listen(
     sock.listen()   # who follows the link before the server runs waits, and is not refused
     return sock
 
+# %% ../nbs/70_annotate.ipynb #876b0fc3
 @program('sasformer_annotate', 'every stroke is saved, and the same command goes on')
 def main(args=None):
     "Command line of `sasformer_annotate`"

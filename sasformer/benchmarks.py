@@ -146,6 +146,7 @@ def _all_masks(src):
                           f"such as {src.images[lack[0]]}")
     return src
 
+# %% ../nbs/03_benchmarks.ipynb #84c6cd0e
 CITYSCAPES = {   # name: (labelId, colour), in the order of the train ids
     'road':(7, (128, 64, 128)), 'sidewalk':(8, (244, 35, 232)), 'building':(11, (70, 70, 70)),
     'wall':(12, (102, 102, 156)), 'fence':(13, (190, 153, 153)), 'pole':(17, (153, 153, 153)),
@@ -258,6 +259,7 @@ def source_name(
     if name not in SOURCES: raise ValueError(f"no data set {name!r}; there are {', '.join(SOURCES)}")
     return name
 
+# %% ../nbs/03_benchmarks.ipynb #d66ce3e4
 def _plain_number(text): return int(text) if text.strip().lstrip('-').isdecimal() else float(text)
 
 def _value(text, default):
@@ -284,6 +286,7 @@ def source_options(
         except (ValueError, KeyError): raise ValueError(f"data {spec!r}: {key}={text!r} is no such value") from None
     return out
 
+# %% ../nbs/03_benchmarks.ipynb #c79c876b
 def data_set(
     text:str,   # 'folder:masks=labels,ending=_mask'
 )->str:         # The same
@@ -300,6 +303,6 @@ def get_source(
     "The data set of that name"
     name, kwargs = source_name(name), {**source_options(name), **kwargs}
     if path is None and name not in BUILT_IN:
-        raise ValueError(f"{name} needs its folder, as in --path {'photos' if name == 'folder' else 'FOLDER'}; in Python "
-                         f"get_source({name!r}, path)")
+        raise ValueError(f"{name} needs its folder, as in --path {'photos' if name == 'folder' else 'FOLDER'}; in "
+                         f"Python get_source({name!r}, path)")
     return SOURCES[name](path, **kwargs)

@@ -168,6 +168,7 @@ def only(self:SparseDataset, ids):
                              "learn.predict_folder(folder, out) take photographs")
     return SparseDataset(self.src, list(ids), self.annotation, self.size, seed=self.seed, groups=self.groups)
 
+# %% ../nbs/02_data.ipynb #dac1f00d
 @patch
 def __getitem__(self:SparseDataset, i):
     (image, labels), g = self.load(i), None
@@ -191,6 +192,7 @@ def shuffled(
     np.random.default_rng((dataset.seed, dataset.epoch)).shuffle(order)
     return order
 
+# %% ../nbs/02_data.ipynb #df92de2a
 class SparseDL(TfmdDL):
     "A `TfmdDL` whose order depends on the seed and the epoch only; `bs` is shared out among the processes"
     def __init__(self, dataset, bs=16, shuffle=False, num_workers=0, drop_last=False, order=None, **kwargs):
@@ -256,6 +258,7 @@ def class_legend(fig, ids, classes, palette, **kwargs):
     fig.legend(handles=[Patch(facecolor=np.array(palette[i])/255, edgecolor='grey', label=classes[i]) for i in ids],
                loc='upper center', bbox_to_anchor=(.5, 0), ncols=min(max(len(ids), 1), 8), frameon=False, **kwargs)
 
+# %% ../nbs/02_data.ipynb #28c2f0e7
 def show_rows(
     rows,           # For each sample a list of arrays: (H, W, C) images and (H, W) label maps, which are coloured
     titles,         # Of the columns
@@ -371,6 +374,7 @@ class ToModel(DisplayedTransform):
         return y.round().clamp(0, 255) if x.shape[-3] == 3 else y
     def encodes(self, y:SparseMask): return y.long()
 
+# %% ../nbs/02_data.ipynb #6236d509
 def _size(size): return (size, size) if isinstance(size, int) else tuple(size)
 
 def _one_size(src, ids):

@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = '.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp'
 
 class LayoutError(FileNotFoundError): "A file or folder of a data set is not where its layout has it"
 
+# %% ../nbs/01_datasets.ipynb #1ea09781
 def _colour16(im):
     "Is it colour of 16 bits? Of that Pillow reads the upper bytes"
     return im.mode in ('RGB', 'RGBA') and bool(im.tile) and ';16' in str(im.tile[0].args)
@@ -42,6 +43,7 @@ def _sixteen_bits(im, path):
         high, low = (np.asarray(ImageOps.exif_transpose(o)) for o in (im, low))
         return high.astype(np.uint16)*256+low
 
+# %% ../nbs/01_datasets.ipynb #b70f6bc8
 def _eight_bits(im, value_range):
     "Pixels of 16 bits, of 32, or of floating point as such of 8"
     a = np.asarray(im).astype(np.float64)
@@ -55,6 +57,7 @@ def _eight_bits(im, value_range):
     low, high = value_range or (0, 65535)
     return Image.fromarray((((a-low)/(high-low)).clip(0, 1)*255).round().astype(np.uint8))
 
+# %% ../nbs/01_datasets.ipynb #5f38a723
 def open_image(
     path,              # Image file
     value_range=None,  # Of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
@@ -135,6 +138,7 @@ def open_bands(
     "All channels of an image"
     return np.ascontiguousarray(_bands(path, channels, True), np.float32)
 
+# %% ../nbs/01_datasets.ipynb #0c7200cf
 def picture(
     image,         # Pillow image, or array (H, W, C)
     shown=None,    # Three channels, counted from 1; None: the first three
@@ -196,17 +200,21 @@ class Source:
         splits = ', '.join(f'{len(v)} {k}' for k, v in self.splits.items())
         return f"{self.name}: {splits}, {len(self.classes)} classes; released: {', '.join(self.released) or 'none'}"
 
-    def image_path(self, id):
-        "File of the image; None where it is held in memory"
-        return _path(self._get(self.images, id, 'image'))
+# %% ../nbs/01_datasets.ipynb #50d41ed0
+@patch
+def image_path(self:Source, id):
+    "File of the image; None where it is held in memory"
+    return _path(self._get(self.images, id, 'image'))
 
-    def mask_path(self, id):
-        "File of the mask; None where there is none, or where it is held in memory"
-        return _path(self.masks.get(id))
+@patch
+def mask_path(self:Source, id):
+    "File of the mask; None where there is none, or where it is held in memory"
+    return _path(self.masks.get(id))
 
-    def _get(self, table, id, what):
-        if id in table: return table[id]
-        raise LayoutError(f"{self.name}: no {what} for {id!r}; splits: " + ', '.join(self.splits))
+@patch
+def _get(self:Source, table, id, what):
+    if id in table: return table[id]
+    raise LayoutError(f"{self.name}: no {what} for {id!r}; splits: " + ', '.join(self.splits))
 
 # %% ../nbs/01_datasets.ipynb #62b22071
 def _path(x): return x if isinstance(x, Path) else None
@@ -299,6 +307,7 @@ def _annotate(self:Source, id, spec):
     m = self._all_classes(id, spec, sim, kind, options)
     return np.where(np.isin(m, list(novel)), np.uint8(UNLABELLED), m) if novel else m
 
+# %% ../nbs/01_datasets.ipynb #b89e43b4
 @patch
 def best_kind(self:Source,
     id:str,     # One of `splits`
@@ -308,6 +317,7 @@ def best_kind(self:Source,
     return next((k for k in ('scribble', 'block50', 'block20', 'block10', 'point')
                  if k in self.released and id in self.released[k].ids), 'tag')
 
+# %% ../nbs/01_datasets.ipynb #34423594
 @patch
 def _all_classes(self:Source, id, spec, sim, kind, options):
     "The label map of an annotation before the novel classes are taken away"
@@ -341,6 +351,7 @@ def annotation(self:Source,
     shape, packed = self._cache[id,spec]
     return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape).copy()
 
+# %% ../nbs/01_datasets.ipynb #36757cd5
 @patch
 def _all_have(self:Source, kind, split):
     "Raises where images of a split have no label of that kind"
@@ -379,6 +390,7 @@ def class_ids(self:Source,
         raise AnnotationError(f"{where}: {self.name} has no class {name!r}, it has {known}")
     return tuple(sorted({find(n) for n in names}))
 
+# %% ../nbs/01_datasets.ipynb #ea568c92
 _splits = Path(sasformer.__file__).parent/'splits'
 
 def published_classes(
@@ -400,6 +412,7 @@ def weak_shot_split(
     if f'split{i}' not in splits: raise AnnotationError(f"novel=split{i}: {name} has the splits 1 to {len(splits)}")
     return tuple(splits[f'split{i}'])
 
+# %% ../nbs/01_datasets.ipynb #62157c5b
 @patch
 def _novel_ids(self:Source, names, spec):
     split = re.fullmatch(r'split(\d+)', names[0]) if len(names) == 1 and names[0] not in self.classes else None
@@ -474,6 +487,7 @@ def _tag_rows(path):
                               f"found {','.join(bad)}")
     return rows[1:]
 
+# %% ../nbs/01_datasets.ipynb #6bbc1046
 def read_tags(
     path,      # CSV with the header image,tags
     images,    # Id → file of the images it may name
@@ -564,6 +578,7 @@ def judge(self:Source,
         raise AnnotationError(f"{where}: not one pixel of the {len(masked)} validation masks is labelled")
     return notes
 
+# %% ../nbs/01_datasets.ipynb #31be13f4
 @patch
 def remarks(self:Source,
     spec:str='best',  # Annotation that might be trained from
@@ -625,6 +640,7 @@ class MaskFolder:
         m = read_label_map(self.files[id], shape=shape, colours=self.colours)
         return m if self.lut is None else self.lut[m]
 
+# %% ../nbs/01_datasets.ipynb #b2bfc6c6
 def _listing(folder, what, suffixes=IMAGE_SUFFIXES, ending='', recurse=False, beginning='', but=None):
     "Id → file, for the files of a folder whose name is `beginning`, the id, `ending` and one of `suffixes`"
     if not folder.is_dir(): raise LayoutError(f"{folder}: no such folder; expected {what} there")
@@ -659,6 +675,7 @@ def _split_dirs(path, sub):
         out[split] = d
     return out
 
+# %% ../nbs/01_datasets.ipynb #9ea3700a
 def _pattern(sub, ending=''):
     "'masks/mask_*.png' as (folder, options of `_listing`): what stands before and behind an id in the names of files"
     where, _, name = str(sub).rpartition('/')
@@ -676,6 +693,7 @@ def _matches(f, kw):
     return (f.suffix.lower() in kw.get('suffixes', IMAGE_SUFFIXES) and stem.startswith(kw.get('beginning', ''))
             and stem.endswith(kw['ending']))
 
+# %% ../nbs/01_datasets.ipynb #c6bd660d
 def _folder_images(path, images, masks, by_class=False):
     "Split → {id: file}, one split '' where the folder is flat; `by_class`: files in folders named by class"
     (sub, kw), (mask_dir, mask_kw) = images, masks
@@ -733,6 +751,7 @@ def _labelmap(file):
     if not out: raise AnnotationError(f"{file}: names no class; expected lines like car:255,0,0::")
     return out
 
+# %% ../nbs/01_datasets.ipynb #ce33c9bd
 def _colour(text):
     "'ff0000' as (255, 0, 0)"
     if not re.fullmatch('#?[0-9a-fA-F]{6}', text):
@@ -758,6 +777,7 @@ def colour_map(
         if out.setdefault(rgb, id) != id: raise AnnotationError(f"colours: {rgb} stands for two classes")
     return out
 
+# %% ../nbs/01_datasets.ipynb #4126a395
 def _folder_colours(path, colours, masks, classes):
     "(names of classes, colour → id or None, what to say), perhaps from a labelmap.txt in `path` or beside masks"
     beside = [d/'labelmap.txt' for d in (path, path/masks) if (d/'labelmap.txt').is_file()] if masks else []
@@ -842,6 +862,7 @@ def _labels(path, sub, kw, parts, notes):
     if over: notes.append(f"label files in {sub} without an image, left out: {len(over)}, such as {over[0]}")
     return {k: f for k, f in found.items() if k in files}
 
+# %% ../nbs/01_datasets.ipynb #e72c6ba0
 def _unread(path, images, parts, masks):
     "What lies in a folder and is not read, in words"
     dirs, notes = {f.parent for p in parts.values() for f in p.values()}, []
@@ -854,6 +875,7 @@ def _unread(path, images, parts, masks):
         if close and close[0] not in (masks, d.name): notes.append(f"{d} is not read: is {close[0]}/ meant?")
     return notes
 
+# %% ../nbs/01_datasets.ipynb #65660534
 def _with_splits(src, parts, val, seed, tags, notes):
     "The source with its splits, without the images that nothing labels"
     path, files = src.root, src.images
@@ -878,6 +900,7 @@ def _with_splits(src, parts, val, seed, tags, notes):
     for note in notes if os.environ.get('RANK', '0') == '0' else (): print(f"{path}: {note}", flush=True)
     return src
 
+# %% ../nbs/01_datasets.ipynb #904661d2
 def _channel_count(channels, listing):
     "The number; with other than three `.npy` files are images too"
     if not str(channels).isdecimal() or int(channels) < 1:
@@ -908,6 +931,7 @@ def _byte(v, what):
     if not 0 <= v <= 255: raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
     return v
 
+# %% ../nbs/01_datasets.ipynb #ca8baeca
 def black_white(
     given,          # Two numbers, or text such as '0+4095'; empty: None
 )->tuple|None:
@@ -920,6 +944,7 @@ def black_white(
         raise AnnotationError(f"value_range={text}: expected the values that are black and white, such as 0+4095")
     return low, high
 
+# %% ../nbs/01_datasets.ipynb #6a12c1fc
 def _folder_tags(path, tags, parts, dense, classes):
     "Id → class names, of every training image and of every other one without a mask"
     files = {k:f for p in parts.values() for k, f in p.items()}
@@ -1015,6 +1040,7 @@ def _drawn(name, draw, classes, palette, path, **settings):
     _write_drawn(src, Path(path), settings)
     return _read_drawn(Path(path), name, palette, settings)
 
+# %% ../nbs/01_datasets.ipynb #7c4c79c4
 def _write_drawn(src, path, settings):
     "Into a temporary folder first, so that a half-written set is never taken for a whole one"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ def _start_runs(out, methods, seed, epochs, machine):
             processes[m] = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, env=env)
     return processes
 
+# %% ../nbs/64_demo.ipynb #030107c9
 def demo(
     out:str='demo',     # Folder of the runs and the picture
     epochs:int=None,    # None: the recipe's
@@ -78,6 +79,7 @@ def demo(
               f"{r['seconds']:.0f} s, {r['precision']}")
     print(f"picture: {out/'demo.png'}; also {out}/*/curves.png, {out}/*/examples.png")
 
+# %% ../nbs/64_demo.ipynb #45e6888c
 def draw_demo(out, methods):
     "The predictions of both beside labels and masks"
     import matplotlib

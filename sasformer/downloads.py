@@ -97,6 +97,7 @@ def _attempt(url, part, timeout, progress):
         return str(e)
     except HTTPException as e: return repr(e)
 
+# %% ../nbs/04_downloads.ipynb #139684c8
 def _kept(part):
     have = part.stat().st_size if part.exists() else 0
     if not have or part.with_name(part.name+'.tag').exists():
@@ -166,6 +167,7 @@ def _check_zip(z, archive, limit):
             raise DownloadError(f"{archive}: member {m.filename!r} lies outside the folder")
         if stat.S_ISLNK(m.external_attr>>16): raise DownloadError(f"{archive}: member {m.filename!r} is a link")
 
+# %% ../nbs/04_downloads.ipynb #d24e92fd
 def _unpack_tar(t, folder, archive, limit):
     "By Python's own filter; 3.11.2, as on Debian 12, has none yet: there every member is checked before the first"
     total = 0
@@ -184,6 +186,7 @@ def _unpack_tar(t, folder, archive, limit):
             raise DownloadError(f"{archive}: member {m.name!r} lies outside the folder")
     t.extractall(folder)
 
+# %% ../nbs/04_downloads.ipynb #b1207ccd
 def extract(
     archive,       # .zip, .tar, .tgz …
     dest,          # Folder
@@ -226,6 +229,7 @@ def _listed(name):
     checked = (a.checksum or 'no checksum (length only)').partition(':')[0]
     return f"{name:<11}{size}, {checked}, terms: {a.terms}\n{'':<11}{a.url}"
 
+# %% ../nbs/04_downloads.ipynb #4045fe40
 @call_parse
 def download_cli(
     action:Param('list what there is, download a data set, or check what lies in a folder',

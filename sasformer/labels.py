@@ -92,6 +92,7 @@ def _picture_reader(source, colours, names):
     table = colour_map(colours, names or list(map(str, range(PADDING))))
     return list(files), lambda i, width, shape: read_label_map(files[i], None, shape, colours=table)
 
+# %% ../nbs/63_labels.ipynb #b029a5fe
 def label_reader(
     # What's-the-point JSON, folder or zip of ScribbleSup XML, of one of `label_tools.TOOLS`, a folder of label maps
     source:Path,
@@ -120,6 +121,7 @@ def label_reader(
     if not r.ids: raise ValueError(f"{source}: holds no .xml file{f' below {within}' if within else ''}")
     return r.ids, r.label_map
 
+# %% ../nbs/63_labels.ipynb #829cc2e0
 def _tool_reader(tool, source, background, names, within, outside):
     "`label_reader` of one of `label_tools.TOOLS`"
     for option, value in (('--background', background), ('--within', within)):
@@ -223,6 +225,7 @@ def _simulate_options(p):
     p.add_argument('--masks', type=Path, default=None, metavar='FOLDER',
                    help="Folder of dense masks (PNG, with sub-folders), in place of a data set")
 
+# %% ../nbs/63_labels.ipynb #1ffc498e
 def _convert_options(p):
     p.add_argument('source', type=Path,
                    help="What's-the-point file (.json), folder or zip of ScribbleSup XML, folder of labelme's files, "
@@ -251,6 +254,7 @@ def _convert_options(p):
     p.add_argument('--outside', choices=('error', 'crop'), default='error',
                    help="Positions outside of their image: stop, or draw what lies inside (default: error)")
 
+# %% ../nbs/63_labels.ipynb #88ae5b73
 def _stats_options(p):
     p.add_argument('--data', type=data_set, metavar='NAME[:OPTIONS]', required=True, help="Data set")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set; scenes and phantoms need none")
@@ -337,6 +341,7 @@ def run_simulate(o):
     src = get_source(o.data, o.path) if o.data else None
     return simulate_labels(o.annotation, o.out, src, o.split or 'train', o.masks, o.overwrite)
 
+# %% ../nbs/63_labels.ipynb #e70a4066
 def run_convert(o):
     "`sasformer_labels convert`"
     ids, read = label_reader(o.source, o.background, o.classes, o.within, o.outside, o.colours)
@@ -356,6 +361,7 @@ def run_convert(o):
     names = o.classes and _class_names(None, o.classes)
     return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite, o.form, names)
 
+# %% ../nbs/63_labels.ipynb #642b350b
 def run_tags(o):
     "`sasformer_labels tags`"
     src = get_source(o.data, o.path)
@@ -378,6 +384,7 @@ def run_pseudo(o):
     if o.thresholds: options['thresholds'] = o.thresholds
     return write_tag_labels(model, src, o.out, o.split, o.stage, o.scale, o.overwrite, _bar, **options)
 
+# %% ../nbs/63_labels.ipynb #724e049b
 def print_tags(stats, title):
     "How often classes are, and how often together"
     print(stats.per_class.to_string(float_format='{:.4f}'.format))

@@ -63,6 +63,7 @@ def _labelled(logits, target):
         raise ValueError(f"A label map holds class {top}, and the model knows the classes 0 to {logits.shape[1]-1}")
     return on
 
+# %% ../nbs/31_learner.ipynb #6aa6de42
 def partial_cross_entropy(
     logits:Tensor,  # (B, C, h, w), any resolution
     target:Tensor,  # Label map, (B, H, W); 255 and 254 do not count
@@ -81,6 +82,7 @@ def partial_cross_entropy(
     if everywhere: return total*n_processes()/global_sum(n).clamp_min(1)
     return total/n.clamp_min(1)
 
+# %% ../nbs/31_learner.ipynb #0f783210
 class PartialCrossEntropy:
     "`partial_cross_entropy`, or another loss of the labelled pixels, with what a fastai `Learner` asks of a loss"
     def __init__(self,
@@ -167,6 +169,7 @@ class PadBatch(Callback):
         self.learn.xb = F.pad(self.xb[0], (0, right, 0, below)), *self.xb[1:]
         if self.yb: self.learn.yb = F.pad(self.yb[0], (0, right, 0, below), value=PADDING), *self.yb[1:]
 
+# %% ../nbs/31_learner.ipynb #8dadcbb3
 class Autocast(Callback):
     "Model and loss under `torch.autocast`, on any device; no gradient scaling, so for bfloat16"
     order = 10
@@ -180,6 +183,7 @@ class Autocast(Callback):
         self.context = None
     after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
 
+# %% ../nbs/31_learner.ipynb #00916177
 class UseQuickAttention(Callback):
     "Forward under `QuickAttention` on a CPU, unless compiled or checkpointed; nothing of a step is held until the next"
     def __init__(self): self.attention, self.inside = QuickAttention(), False
@@ -206,6 +210,7 @@ class SeedEpoch(Callback):
         self.dls.train.dataset.epoch = self.epoch
         torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
 
+# %% ../nbs/31_learner.ipynb #1d225bb4
 class ValidateEvery(Callback):
     "Validates every `n`-th epoch and the last"
     order = 55   # after the recorder, before the progress bar
@@ -217,6 +222,7 @@ class ValidateEvery(Callback):
         self.recorder.log += [None]*(1+len(self.learn.metrics))   # or the time would stand in the column of the loss
         raise CancelValidException
 
+# %% ../nbs/31_learner.ipynb #9aa101a1
 def clock(seconds):
     "'2:05' or '1:02:05'"
     minutes, s = divmod(round(seconds), 60)
@@ -278,6 +284,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         y = (xf-mean.view(shape))*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
         return y.to(x.dtype)
 
+# %% ../nbs/31_learner.ipynb #159d867a
 class Distributed(Callback):
     "Trains with `DistributedDataParallel` where there are several processes; validation uses the bare model"
     order = 40   # after callbacks that look at the bare model in `before_fit`
@@ -352,6 +359,7 @@ def parameter_groups(
 
 OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch.optim.AdamW, betas=(.9, .999)))
 
+# %% ../nbs/31_learner.ipynb #94fb1564
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
     first_epoch, precision = 0, None
@@ -386,6 +394,7 @@ class StopWhereDiverged(Callback):
         raise Diverged(f"epoch {self.epoch+1}: the training has diverged, {what} not finite any more; lower the "
                        "learning rate (lr, head_lr) or the weight of what the method adds")
 
+# %% ../nbs/31_learner.ipynb #c5807ab5
 class UseSampleOrder(Callback):
     "The training samples in the order that a method needs, during a fit"
     def __init__(self, of_epoch): self.of_epoch, self.old = of_epoch, None   # Training data set → indices of an epoch
@@ -405,6 +414,7 @@ def _sample_order(methods):
         raise ValueError(f"{names} each need an order of the samples of their own: expected one such method")
     return needing[0].sample_order if needing else None
 
+# %% ../nbs/31_learner.ipynb #02a1acf9
 def _callbacks(seed, channels_last, precision, validate_every, val_scale, order, clip):
     "What a learner needs beside its method"
     callbacks = [PlainTensors(), PadBatch(), SeedEpoch(seed), UseQuickAttention(), StopWhereDiverged()]
@@ -447,6 +457,7 @@ def _normalise_for(model, dls):
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
 
+# %% ../nbs/31_learner.ipynb #38897724
 def check_batch(
     model:nn.Module,      # A segmenter
     bs:int,               # Images of a batch in this process
@@ -545,6 +556,7 @@ class OfLabelledPixels(Metric):
     @property
     def name(self): return self.metric.name
 
+# %% ../nbs/31_learner.ipynb #8d16a32a
 @patch
 def predict(self:SparseLearner,
     item,      # Photograph: path, PIL image, or uint8 array (H, W, 3); see `pixels`
@@ -583,6 +595,7 @@ def save_segmenter(
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
                                          mean=model.mean, std=model.std, shown=model.shown))
 
+# %% ../nbs/31_learner.ipynb #2e409b3b
 def load_segmenter(
     path:Path,           # A `.safetensors` file with `model.json` beside it, or their folder (`best`, else `last`)
     device='cpu',        # Where the model goes
@@ -619,6 +632,7 @@ def _same_classes(new, old):
     if new and old: return [(i, old.index(c)) for i, c in enumerate(new) if c in old]
     return None
 
+# %% ../nbs/31_learner.ipynb #fcfedeb6
 def start_from(
     model:nn.Module,  # A segmenter
     old:nn.Module,    # From `load_segmenter`
@@ -693,6 +707,7 @@ def saved_settings(
     state = Path(folder)/'state.pt'
     return json.loads(_read_state(state)['settings']) if state.exists() else {}
 
+# %% ../nbs/31_learner.ipynb #3631693c
 _written = 'log.csv', 'result.json', 'model.json', 'best.safetensors', 'last.safetensors', 'curves.png', 'examples.png'
 
 def remove_unfinished(
@@ -703,6 +718,7 @@ def remove_unfinished(
         name = re.fullmatch(r'\.(.+)\.\d+\.tmp', left.name)
         if name and name[1] in (*_written, 'state.pt', 'settings.json'): left.unlink()
 
+# %% ../nbs/31_learner.ipynb #871e8b33
 def check_run(
     folder:Path,        # Of a run
     settings:dict,      # Of the run that is to begin or to go on
@@ -720,14 +736,15 @@ def check_run(
         return None
     state = _read_state(path)
     if not resume:
-        raise FileExistsError(f"{folder} holds a run already, {state['epochs']} epochs done: resume it (--resume), or choose "
-                              "another folder (--out)")
+        raise FileExistsError(f"{folder} holds a run already, {state['epochs']} epochs done: resume it (--resume), or "
+                              "choose another folder (--out)")
     old, new = flat_settings(json.loads(state['settings'])), flat_settings(settings)
     if differ := [f"{k}: {old.get(k)!r} → {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]:
         raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}; keep to them, or choose "
                          "another folder (--out)")
     return state
 
+# %% ../nbs/31_learner.ipynb #d0ae896b
 @patch
 def _data(self:RunFolder):
     "What a run must find again: its classes, and a digest of its images' names"
@@ -736,6 +753,7 @@ def _data(self:RunFolder):
     return dict(classes=list(map(str, train.src.classes)), images=f'{len(train.ids)}+{len(valid.ids)}',
                 digest=hashlib.sha256(names.encode()).hexdigest()[:16])
 
+# %% ../nbs/31_learner.ipynb #6b92c976
 @patch
 def _restore(self:RunFolder, s):
     old, new = s.get('data'), self._data()   # a state from before November 2026 does not say
@@ -809,6 +827,7 @@ def after_fit(self:RunFolder):
     try: self._finish()
     finally: self.release()
 
+# %% ../nbs/31_learner.ipynb #724d8d9c
 @patch(as_prop=True)
 def validated_on(self:RunFolder)->str:
     "What the mIoU is taken over, in words"

@@ -71,6 +71,7 @@ def _cells(target, size, pixels, dtype):
     shares = shares*(maps[0].numel()/shares.shape[1])   # pixels, so that dice is of the full-sized map
     return shares[:-1], shares[-1]
 
+# %% ../nbs/24_matching.ipynb #470736a3
 def matching_cost(
     classes:Tensor,        # Logits with no object last, (…, Q, C+1)
     masks:Tensor,          # Logits, (…, Q, h, w)
@@ -106,6 +107,7 @@ class Matches(NamedTuple):
     name:Tensor     # The target's class
     novel:Tensor    # Is it novel, without a mask? (bool)
 
+# %% ../nbs/24_matching.ipynb #fb3fc78a
 @torch.no_grad()
 def match(
     p:Proposals,    # Of one layer or several
@@ -141,6 +143,7 @@ def _at_labelled(x, labelled):
     grid = torch.stack([(2*i+1)/n-1 for i, n in ((x_, labelled.shape[1]), (y, labelled.shape[0]))], -1).to(x.dtype)
     return F.grid_sample(x[None], grid[None,None], 'bilinear', 'border', align_corners=False)[0,:,0]
 
+# %% ../nbs/24_matching.ipynb #71d2a98f
 def class_loss(
     classes:Tensor,         # Logits with no object last, (L, B, Q, C+1)
     matches:Matches,
@@ -157,6 +160,7 @@ def class_loss(
     total = F.cross_entropy(classes.flatten(0, 2), goal.flatten(), weight, ignore_index=-100, reduction='sum')
     return total*n_processes()/global_sum(weight[goal[0][goal[0] >= 0]].sum()).clamp_min(no_object or 1)
 
+# %% ../nbs/24_matching.ipynb #0efffa65
 def mask_losses(
     masks:Tensor,        # Logits, (L, B, Q, h, w)
     matches:Matches,

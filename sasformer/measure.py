@@ -48,6 +48,7 @@ def alternate(
                                     stages if isinstance(stages, dict) else {}))
     return times
 
+# %% ../nbs/33_measure.ipynb #fca01547
 def summary(
     times:dict,      # From `alternate`
     base:str=None,   # Variant to which ratios refer; None: the first
@@ -98,6 +99,7 @@ LOSSES = dict(bare=None, fused=None, compiled=None, affinity={}, propagate=dict(
 
 def _fold(y, classes): return (y%classes).where(y < PADDING, y)   # the scenes' classes, in a model with fewer
 
+# %% ../nbs/33_measure.ipynb #2d9467c0
 class Step:
     "Training steps of one segmenter on crops of the built-in scenes"
     def __init__(self, o):
@@ -223,6 +225,7 @@ def equal_models(
         getattr(ours.decoder, n).load_state_dict(m.state_dict())
     return ours, theirs
 
+# %% ../nbs/33_measure.ipynb #a3581203
 def loop_of_transformers(model, files, out):
     "Predict image after image with a model of transformers"
     for f in files:
@@ -267,6 +270,7 @@ def one_at_a_time(model, x, scales, flip):
             total = total + (y.flip(-1) if mirrored else y)
     return total.log()
 
+# %% ../nbs/33_measure.ipynb #a08c76ef
 def bench_evaluate(o)->dict:
     "Evaluation at one scale and at the paper's seven with mirror images"
     src = _source(o)
@@ -555,6 +559,7 @@ def trace_times(
             frames.append((e['dur']/1e3, e.get('tdur', e['dur'])/1e3))
     return dict(pen=pen, frame=[f[0] for f in frames], frame_cpu=[f[1] for f in frames])
 
+# %% ../nbs/33_measure.ipynb #02d2203d
 TRACED = 'benchmark', 'cc', 'input', 'devtools.timeline'
 CHROMIUM_FLAGS = ('--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-component-update',
                   '--disable-background-networking', '--disable-sync')
@@ -591,6 +596,7 @@ def large_photo_set(
     write_json(run/'arguments.json', ['--epochs', '1', '--method', 'baseline'])
     write_json(run/'result.json', {})
 
+# %% ../nbs/33_measure.ipynb #2c0eea9a
 @contextlib.contextmanager
 def served(
     root:Path,      # A set
@@ -634,6 +640,7 @@ def drawn_strokes(page, n, moves=60)->dict:
         .map(e => [e.duration, e.serverTiming[0].duration])""")
     return dict(times, save=[s[0] for s in saves], save_server=[s[1] for s in saves])
 
+# %% ../nbs/33_measure.ipynb #17ae1567
 def first_predictions(page, weights, n=3)->dict:
     "Seconds to the prediction of the first model that the program sees, and of `n` new ones"
     shown, after_start, seconds = 'page.stage.layers.prediction.whole', time.perf_counter(), []

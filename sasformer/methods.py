@@ -39,6 +39,7 @@ class Method:
         "What the options amount to, where some stand for others"
         return dataclasses.asdict(self)
 
+# %% ../nbs/09_methods.ipynb #3869e1fb
 METHODS = {}   # Name → dataclass of its options
 
 def _check_options(method, cls):
@@ -91,6 +92,7 @@ def fraction(o, *names):
     "Each is `None` or from 0 to below 1"
     _numbers(o, names, lambda v: 0 <= v < 1, 'a fraction, from 0 to below 1')
 
+# %% ../nbs/09_methods.ipynb #00d99a3b
 def kind_of(
     field:dataclasses.Field,  # Of a dataclass
 )->tuple:                     # The type of its values (of the items of a tuple), and whether it is a tuple
@@ -128,6 +130,7 @@ def convert(
         expected = 'true or false' if kind is bool else f"{'values' if several else 'a value'} of type {kind.__name__}"
         raise ValueError(f"{field.name}={text!r}: expected {expected}") from None
 
+# %% ../nbs/09_methods.ipynb #cccf3f5e
 def _fields(cls): return {f.name: f for f in dataclasses.fields(cls)}
 
 def _options(text, cls, spec):
@@ -142,6 +145,7 @@ def _options(text, cls, spec):
         else: given[name], last = value, name
     return {k: convert(fields[k], v) for k, v in given.items()}
 
+# %% ../nbs/09_methods.ipynb #fab38c43
 def parse_options(
     spec:str,        # 'baseline', or methods with + between them, each with options: 'sasformer:alpha=3,start=0.5+tel'
 )->dict:             # Name → options that were given, converted
@@ -211,6 +215,7 @@ def method_text(
         return m.name+(':' if changed else '')+','.join(changed)
     return '+'.join(map(one, methods.values())) or 'baseline'
 
+# %% ../nbs/09_methods.ipynb #009336c4
 def _comments(cls):
     "Comment of each option"
     names, notes = [f.name for f in dataclasses.fields(cls)], docments(cls)
@@ -229,6 +234,7 @@ def method_help()->str:
                   *(f'  {f.name}: {notes[f.name]} (default: {f.default})' for f in dataclasses.fields(cls))]
     return '\n'.join(lines)
 
+# %% ../nbs/09_methods.ipynb #b42df066
 def flat_settings(
     settings:dict,  # Of a run: `options` holds those of each method
 )->dict:            # The same without a level in between: 'sasformer.alpha' …

@@ -40,36 +40,38 @@ class ConfusionMatrix:
         "Forget all counts"
         self.counts = torch.zeros(self.n_classes, self.n_classes, dtype=torch.int64)
 
-    @torch.no_grad()
-    def update(self,
-        pred:torch.Tensor,    # Class ids (B, H, W), or scores (B, C, h, w) of any size
-        target:torch.Tensor,  # Class ids with 254 and 255, (B, H, W)
-    ):
-        "Count a batch"
-        pred = torch.as_tensor(pred).as_subclass(torch.Tensor)
-        target = torch.as_tensor(target).as_subclass(torch.Tensor)
-        n = self.n_classes
-        if pred.is_floating_point() and (pred.ndim != target.ndim+1 or pred.shape[1] != n):
-            raise ValueError(f'scores of shape {tuple(pred.shape)}: '
-                             f'expected (B, {n}, h, w) for targets {tuple(target.shape)}')
-        pred = to_labels(pred, target.shape[-2:])
-        if pred.shape != target.shape:
-            raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
-        counted = torch.ones_like(target, dtype=torch.bool)
-        for code in self.ignore: counted &= target != code
-        pred, target = pred[counted].long(), target[counted].long()
-        for what, ids in (('prediction', pred), ('target', target)):
-            bad = ids[(ids < 0) | (ids >= n)]
-            if len(bad):
-                raise ValueError(f'{what} holds {bad.unique().tolist()}: '
-                                 f'expected ids 0 to {n-1} or one of {self.ignore}')
-        new = torch.bincount(target*n + pred, minlength=n*n).view(n, n)
-        self.counts = self.counts.to(new.device) + new
-        return self
-
     def __repr__(self):
         return (f'ConfusionMatrix({self.n_classes} classes, {self.counts.sum():,} pixels, mIoU {self.miou:.4f}, '
                 f'pixel accuracy {self.pixel_accuracy:.4f}, mean accuracy {self.mean_accuracy:.4f})')
+
+# %% ../nbs/30_metrics.ipynb #7554e1ed
+@patch
+@torch.no_grad()
+def update(self:ConfusionMatrix,
+    pred:torch.Tensor,    # Class ids (B, H, W), or scores (B, C, h, w) of any size
+    target:torch.Tensor,  # Class ids with 254 and 255, (B, H, W)
+):
+    "Count a batch"
+    pred = torch.as_tensor(pred).as_subclass(torch.Tensor)
+    target = torch.as_tensor(target).as_subclass(torch.Tensor)
+    n = self.n_classes
+    if pred.is_floating_point() and (pred.ndim != target.ndim+1 or pred.shape[1] != n):
+        raise ValueError(f'scores of shape {tuple(pred.shape)}: '
+                         f'expected (B, {n}, h, w) for targets {tuple(target.shape)}')
+    pred = to_labels(pred, target.shape[-2:])
+    if pred.shape != target.shape:
+        raise ValueError(f'prediction {tuple(pred.shape)} and target {tuple(target.shape)} differ in shape')
+    counted = torch.ones_like(target, dtype=torch.bool)
+    for code in self.ignore: counted &= target != code
+    pred, target = pred[counted].long(), target[counted].long()
+    for what, ids in (('prediction', pred), ('target', target)):
+        bad = ids[(ids < 0) | (ids >= n)]
+        if len(bad):
+            raise ValueError(f'{what} holds {bad.unique().tolist()}: '
+                             f'expected ids 0 to {n-1} or one of {self.ignore}')
+    new = torch.bincount(target*n + pred, minlength=n*n).view(n, n)
+    self.counts = self.counts.to(new.device) + new
+    return self
 
 # %% ../nbs/30_metrics.ipynb #565dede3
 def _sums(cm):
@@ -95,6 +97,7 @@ def recall(self:ConfusionMatrix):
     right, target, _ = _sums(self)
     return right/target
 
+# %% ../nbs/30_metrics.ipynb #0af07d88
 @patch(as_prop=True)
 def miou(self:ConfusionMatrix): "Mean of `iou` over the classes that occur"; return self.iou.nanmean().item()
 @patch(as_prop=True)
@@ -109,6 +112,7 @@ def pixel_accuracy(self:ConfusionMatrix):
     right, target, _ = _sums(self)
     return (right.sum()/target.sum()).item()
 
+# %% ../nbs/30_metrics.ipynb #b9727f4b
 @patch
 def table(self:ConfusionMatrix,
     classes:list=None,  # Names, ids if not given

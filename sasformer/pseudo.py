@@ -43,6 +43,7 @@ def _begin(out, settings):
         if differ: raise ValueError(f"{out} holds pseudo labels of another run: {'; '.join(differ)}")
     elif is_first(): write_json(file, settings)
 
+# %% ../nbs/34_pseudo.ipynb #2149d6cc
 def write_pseudo_labels(
     model,             # Trained segmenter
     src:Source,        # Its data set
@@ -67,6 +68,7 @@ def write_pseudo_labels(
     if n_processes() > 1: dist.barrier()
     return pseudo_statistics(src, novel, out)
 
+# %% ../nbs/34_pseudo.ipynb #9f4db17b
 def pseudo_statistics(src, novel, out):
     "By novel class, in how many of the images with its tag some pixel got it"
     found, tagged = ({c: 0 for c in novel} for _ in range(2))

@@ -123,6 +123,7 @@ def check(self:Recipe):
         raise ValueError(f"self_train: only of the method simformer, not of {self.method}")
     self.method = method_text(self.methods)   # the shortest text, so that equal methods are equal
 
+# %% ../nbs/50_recipes.ipynb #90d33202
 @patch
 def weights_of_classes(self:Recipe,
     src=None,            # The data set; None: only judge the text
@@ -136,6 +137,7 @@ def weights_of_classes(self:Recipe,
     n = sum(count(i) for i in src.splits['train'])
     return [float(n.sum()/((n > 0).sum()*k)) if k else 1. for k in n]
 
+# %% ../nbs/50_recipes.ipynb #38bac862
 @patch(as_prop=True)
 def methods(self:Recipe)->dict:
     "Name → options of each method"
@@ -152,6 +154,7 @@ def settings(self:Recipe)->dict:
     s['options'] = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
     return json.loads(json.dumps(s))   # as it is read from a file: lists for tuples
 
+# %% ../nbs/50_recipes.ipynb #38760106
 @patch
 def source(self:Recipe):
     "The data set, its layout checked"
@@ -169,6 +172,7 @@ def batch(self:Recipe,
     if bs and is_first(): print(f"{n} training images: batches of {bs} instead of {self.bs} (--bs)", flush=True)
     return bs or self.bs
 
+# %% ../nbs/50_recipes.ipynb #474ccb60
 @patch
 def machine(self:Recipe,
     device=None,        # None: the best there is
@@ -193,6 +197,21 @@ def retraining(self:Recipe)->Recipe:
     return dataclasses.replace(self, annotation='dense', method=method_text(methods), self_train=False)
 
 # %% ../nbs/50_recipes.ipynb #56d79a3a
+# Fields that `sparse_learner` takes under the same names
+_LEARNER_FIELDS = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every',
+                   'val_scale', 'decoder_dim', 'dropout', 'n_queries', 'n_layers', 'loss', 'loss_at')
+
+@patch
+def backbone_options(self:Recipe)->dict:
+    "What is said of the backbone, as `create_segmenter` takes it"
+    options = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
+    if 'mit_b' in self.model: options['drop_path_rate'] = self.drop_path
+    if self.last_stride is not None: options['last_stride'] = self.last_stride
+    if self.out_indices is not None: options['out_indices'] = list(self.out_indices)
+    if self.norm_features: options['norm_features'] = True
+    return options
+
+# %% ../nbs/50_recipes.ipynb #191636fa
 @patch
 def learner(self:Recipe,
     src=None,           # The data set, if it is open already
@@ -225,20 +244,13 @@ def learner(self:Recipe,
     dls = sparse_dataloaders(src, now.annotation, size, bs, seed=self.seed, num_workers=self.num_workers,
                              cache_mb=self.cache_mb, device=machine.device, scales=(self.scale_min, self.scale_max),
                              tags_of=self.tags_of, groups=groups)
-    backbone = dict(pretrained=True) if self.weights == 'timm' else dict(weights=self.weights)
-    if 'mit_b' in self.model: backbone['drop_path_rate'] = self.drop_path
-    if self.last_stride is not None: backbone['last_stride'] = self.last_stride
-    if self.out_indices is not None: backbone['out_indices'] = list(self.out_indices)
-    if self.norm_features: backbone['norm_features'] = True
     if folder is not None:
         about = dataclasses.asdict(self)
         if self.path is not None: about['path'] = str(Path(self.path).resolve())   # to be found from elsewhere
         cbs = L(cbs)+RunFolder(folder, settings, resume, tensorboard, dict(recipe=about), allow_changes)
-    same = ('lr', 'head_lr', 'opt', 'wd', 'no_decay', 'clip', 'channels_last', 'seed', 'validate_every', 'val_scale',
-            'decoder_dim', 'dropout', 'n_queries', 'n_layers', 'loss', 'loss_at')
-    same = {k: getattr(self, k) for k in same}
-    learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same, **backbone,
-                           class_weights=self.weights_of_classes(src, now.annotation))
+    same = {k: getattr(self, k) for k in _LEARNER_FIELDS}
+    learn = sparse_learner(dls, self.model, now.method, precision=machine.precision, cbs=cbs, **same,
+                           **self.backbone_options(), class_weights=self.weights_of_classes(src, now.annotation))
     if before is not None:
         said = start_from(learn.model, before, src.classes)
         if is_first(): print(f"{self.init}: {said}", flush=True)
@@ -272,6 +284,8 @@ _taught = {1: ',distillation=0', 3: ',distance=bce'}   # the others: 0.1, margin
 _ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
                options=_frozen+',complementary=0.2,distillation=0.5',
                pseudo_scales=(.625, .9375, 1.25, 1.5625, 1.875))
+
+# %% ../nbs/50_recipes.ipynb #66510ff7
 RECIPES = dict(
     scenes=dict(data='scenes', annotation='point', options='sasformer:start=0.5+tel:sigma=0.005',
                 size=128, bs=8, epochs=40, decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
@@ -323,6 +337,7 @@ RECIPES = dict(
         last_stride=1,
         validate_every=5, options='simformer:width=32,inside=32,outside=8,novel_points=40'))
 
+# %% ../nbs/50_recipes.ipynb #75b7b2d1
 def recipe(
     name:str,   # One of `RECIPES`
     **changes   # Fields to set otherwise; `method` keeps the recipe's options where it does not say otherwise

@@ -13,7 +13,7 @@ import timm, torch, torch.nn.functional as F
 from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
-from fastcore.basics import store_attr
+from fastcore.basics import patch, store_attr
 from timm.models import is_model_in_modules
 from timm.models._features import FeatureGetterNet
 from timm.models.vision_transformer import Block, init_weights_vit_timm
@@ -26,6 +26,7 @@ def exporting()->bool:
     "Is a graph being made, for sizes that are not known yet?"
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
+# %% ../nbs/11_segmenters.ipynb #d10ef3f4
 class SegformerDecoder(nn.Module):
     "SegFormer's decoder (Xie et al., arXiv 2105.15203, eq. 4): a linear layer per level, two over their concatenation"
     def __init__(self,
@@ -43,37 +44,39 @@ class SegformerDecoder(nn.Module):
         # as released: mmcv initialises the convolution before a ReLU so, the others keep PyTorch's own initialisation
         nn.init.kaiming_normal_(self.fuse.weight, mode='fan_out', nonlinearity='relu')
 
-    def merge(self,
-        feats:list,    # Features, one (B, c_i, h_i, w_i) per level, finest first
-    )->torch.Tensor:   # (B, dim, h, w) at the size of the finest level
-        "`fuse` of the concatenated, resized projections, computed level by level at the level's own size"
-        if len(feats) != len(self.project):
-            raise ValueError(f'expected {len(self.project)} levels of features, got {len(feats)}')
-        size = max((f.shape[-2:] for f in feats), key=lambda s: s[0]*s[1])
-        # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under
-        # autocast: the product is tiny, and rounding it twice would cost accuracy for nothing
-        with torch.autocast(feats[0].device.type, enabled=False):
-            slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
-            weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
-            bias = sum(s @ p.bias for s, p in zip(slices, self.project))
-        # channels last, which timm's features are not: a 1×1 convolution is then one product;
-        # a constant is its own upsampling: the bias is added once
-        level = lambda f, w, b: F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None], b)
-        levels = [level(f, w, bias if f is feats[0] else None) for f, w in zip(feats, weights)]
-        if exporting():   # sizes are not to be compared then
-            first, *others = levels
-            for y in others: first = first+F.interpolate(y, first.shape[-2:], mode='bilinear', align_corners=False)
-            return first
-        by_size = {}
-        for y in levels:
-            s = y.shape[-2:]
-            # added in place: new memory would cost more than the sum
-            by_size[s] = by_size[s].add_(y) if s in by_size else y
-        x = by_size.pop(size)
-        for y in by_size.values(): x.add_(F.interpolate(y, size, mode='bilinear', align_corners=False))
-        return x
-
     def forward(self, feats): return self.classify(self.dropout(F.relu(self.norm(self.merge(feats)), inplace=True)))
+
+# %% ../nbs/11_segmenters.ipynb #a72e7233
+@patch
+def merge(self:SegformerDecoder,
+    feats:list,    # Features, one (B, c_i, h_i, w_i) per level, finest first
+)->torch.Tensor:   # (B, dim, h, w) at the size of the finest level
+    "`fuse` of the concatenated, resized projections, computed level by level at the level's own size"
+    if len(feats) != len(self.project):
+        raise ValueError(f'expected {len(self.project)} levels of features, got {len(feats)}')
+    size = max((f.shape[-2:] for f in feats), key=lambda s: s[0]*s[1])
+    # the concatenation is deepest level first, so the slices of `fuse` are taken from its end; float32 even under
+    # autocast: the product is tiny, and rounding it twice would cost accuracy for nothing
+    with torch.autocast(feats[0].device.type, enabled=False):
+        slices = self.fuse.weight.flatten(1).chunk(len(feats), 1)[::-1]
+        weights = [s @ p.weight.flatten(1) for s,p in zip(slices, self.project)]
+        bias = sum(s @ p.bias for s, p in zip(slices, self.project))
+    # channels last, which timm's features are not: a 1×1 convolution is then one product;
+    # a constant is its own upsampling: the bias is added once
+    level = lambda f, w, b: F.conv2d(f.contiguous(memory_format=torch.channels_last), w[...,None,None], b)
+    levels = [level(f, w, bias if f is feats[0] else None) for f, w in zip(feats, weights)]
+    if exporting():   # sizes are not to be compared then
+        first, *others = levels
+        for y in others: first = first+F.interpolate(y, first.shape[-2:], mode='bilinear', align_corners=False)
+        return first
+    by_size = {}
+    for y in levels:
+        s = y.shape[-2:]
+        # added in place: new memory would cost more than the sum
+        by_size[s] = by_size[s].add_(y) if s in by_size else y
+    x = by_size.pop(size)
+    for y in by_size.values(): x.add_(F.interpolate(y, size, mode='bilinear', align_corners=False))
+    return x
 
 # %% ../nbs/11_segmenters.ipynb #a63520e1
 def _conv(i, o, size=1, dilation=1):
@@ -239,6 +242,7 @@ def padded(
     n = n if exporting() else max(n, 32)
     return n + -n%multiple
 
+# %% ../nbs/11_segmenters.ipynb #e1416d4d
 class Segmenter(nn.Module):
     "A backbone's list of features, decoded to scores (B, n_classes, h, w), upsampled only where padding was needed"
     def __init__(self,
@@ -253,16 +257,6 @@ class Segmenter(nn.Module):
         super().__init__()
         store_attr()
         self.auxiliary = nn.ModuleDict()   # what a regulariser adds to train with (an embedding); not used in `forward`
-
-    def padding(self,
-        size,    # Height and width of an image
-    )->tuple:    # Pixels to be added below and on the right
-        "What training, validation and prediction pad an image by; a graph for any size has no smallest one"
-        return tuple(padded(n, self.multiple)-n for n in size)
-
-    def pads(self, below, right):
-        "Is there something to pad? A graph for any size always pads"
-        return self.multiple > 1 if exporting() else bool(below or right)
 
     def features(self,
         x:torch.Tensor,  # Images, (B, 3, H, W)
@@ -285,6 +279,19 @@ class Segmenter(nn.Module):
         y = self.decoder(feats, (h+below, w+right)) if enlarged else self.decoder(feats)
         # the scores cover the padded image: only at its own size can its part be cut out exactly
         return _resize(y, (h+below, w+right))[...,:h,:w] if self.pads(below, right) else y
+
+# %% ../nbs/11_segmenters.ipynb #a8293feb
+@patch
+def padding(self:Segmenter,
+    size,    # Height and width of an image
+)->tuple:    # Pixels to be added below and on the right
+    "What training, validation and prediction pad an image by; a graph for any size has no smallest one"
+    return tuple(padded(n, self.multiple)-n for n in size)
+
+@patch
+def pads(self:Segmenter, below, right):
+    "Is there something to pad? A graph for any size always pads"
+    return self.multiple > 1 if exporting() else bool(below or right)
 
 # %% ../nbs/11_segmenters.ipynb #evalmode1
 @contextmanager
@@ -332,6 +339,7 @@ def _check_size(name, backbone, kw):
                      "photographs of any; take another, as segformer_mit_b0 or segmenter_vit_small_patch16_224; in "
                      "Python create_segmenter(…, img_size=224) keeps to one size")
 
+# %% ../nbs/11_segmenters.ipynb #f3b3b9da
 def _split_name(name):
     "Decoder and backbone of a segmenter's name; an error that suggests near names"
     decoder, _, backbone = name.partition('_')
@@ -345,6 +353,7 @@ def _split_name(name):
                          f"and {backbone} is none of them")
     return decoder, backbone
 
+# %% ../nbs/11_segmenters.ipynb #ba011688
 def _pyramid(decoder, name, pretrained, **kw):
     "Levels of features at 1/4 and coarser; for DeepLabV3+ the first and the last of them"
     if decoder == 'hrnet': kw = dict(feature_location='', out_indices=(1, 2, 3, 4)) | kw
@@ -358,6 +367,7 @@ def _pyramid(decoder, name, pretrained, **kw):
         levels = [levels[0], levels[-1]]
     return timm.create_model(name, pretrained, features_only=True, out_indices=levels, **kw)
 
+# %% ../nbs/11_segmenters.ipynb #4d29d272
 def _normalised(name, pretrained, out_indices, **kw):
     "Layers of a ViT, passed through its last norm"
     net = timm.create_model(name, pretrained, num_classes=0, **kw)
@@ -370,6 +380,7 @@ def _last_layer(name, pretrained, **kw):
     if 'out_indices' in kw: raise ValueError('the decoder takes the last layer, expected no out_indices')
     return _normalised(name, pretrained, [-1], **kw)
 
+# %% ../nbs/11_segmenters.ipynb #57fd7e0d
 def _backbone(decoder, name, pretrained, norm_features=False, **kw):
     "Features as the decoder needs them, or an error that says what timm did not like"
     if norm_features and not is_model_in_modules(name, _vits):

@@ -82,6 +82,7 @@ class PairBlock(nn.Module):
     def after(self, x, shortcut): return F.relu(self.norm_two(self.two(F.relu(self.norm_one(x)))))+shortcut
     def forward(self, x): return self.after(self.one(x), x if self.shortcut is None else F.relu(self.shortcut(x)))
 
+# %% ../nbs/25_simformer.ipynb #69bbe11e
 class SimilarityNetwork(nn.Module):
     "Whether two pixels are of one class, from their embeddings (Chen et al., arXiv 2210.02270)"
     def __init__(self,
@@ -240,6 +241,7 @@ class SimFormerLoss(MaskFormerLoss):
         novel = check_weak_labels(dataset.src, dataset.annotation)
         return pair_order(dataset, novel, n_processes(), self.rare)
 
+# %% ../nbs/25_simformer.ipynb #f6327b6c
 def check_weak_labels(
     src,          # Data set
     annotation,   # Its training labels
@@ -329,6 +331,7 @@ def terms(self:SimFormerLoss):
     if self.distillation: terms['distillation'] = self.distillation*self.distil(net, pixels, cells, u[:,1+2*n:])
     return terms
 
+# %% ../nbs/25_simformer.ipynb #11501ec0
 @patch
 def distil(self:SimFormerLoss,
     net,           # Similarity network

@@ -27,6 +27,7 @@ def recipe_options(parser):
         metavar = kind_of(f)[0].__name__.upper()
         parser.add_argument(f"--{f.name}", type=value, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
+# %% ../nbs/60_train.ipynb #cd2919fe
 STAGES = 'train', 'pseudo', 'retrain'
 
 def train_parser():
@@ -81,6 +82,7 @@ def plot_curves(
         ax.set(title=title, xlabel='epoch'); ax.legend(fontsize=8)
     return fig
 
+# %% ../nbs/60_train.ipynb #ba7f0806
 def example_sheet(
     learn,      # A trained learner
     n:int=6,    # Validation images, evenly spaced
@@ -113,6 +115,7 @@ def run_progress(
             done = (epoch-1+step/steps)/epochs
     return done
 
+# %% ../nbs/60_train.ipynb #aef965da
 class ShowRuns:
     "Shows how far runs are, and the time that is left"
     def __init__(self,
@@ -161,6 +164,7 @@ def announce(
     if resume and (kept := r.machine(device, out).precision) != machine.precision:
         print(f"the run began in {kept} and goes on in {kept}", flush=True)
 
+# %% ../nbs/60_train.ipynb #825dcb7e
 def train(
     r:Recipe,                # What to train
     out:Path,                # Folder of the run
@@ -208,6 +212,7 @@ def finished(
     if differ: raise ValueError(f"{folder} holds a run with other settings: {'; '.join(differ)}")
     return True
 
+# %% ../nbs/60_train.ipynb #0d947e42
 def self_train(
     r:Recipe,                # With `self_train`
     out:Path,                # Folder of the second run; holds teacher/, the first one, and pseudo/, its labels
@@ -231,6 +236,7 @@ def self_train(
         if is_first(): print('images with pseudo labels: '+', '.join(f'{k} {v}' for k, v in counts.items()), flush=True)
     if stage in (None, 'retrain'): return train(r, out, resume, tensorboard, device, out/'pseudo', allow_changes)
 
+# %% ../nbs/60_train.ipynb #613bfde4
 def wait():
     "Until all processes are here"
     import torch.distributed as dist
@@ -257,6 +263,7 @@ def with_novel(
     options = [o for o in rest.split(',') if o and not o.strip().startswith('novel=')]
     return f"{kind}:{','.join([*options, 'novel='+'+'.join(o.strip() for o in novel.split(','))])}"
 
+# %% ../nbs/60_train.ipynb #a684aef6
 @program('sasformer_train', 'the epochs that are done are kept, and the same command with --resume goes on')
 def main(args=None):
     "Command line of `sasformer_train`"
