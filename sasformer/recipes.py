@@ -278,7 +278,8 @@ _afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='n
             opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
 _simformer = dict(method='simformer', model='maskformer_resnet50.tv_in1k', weights='timm', bs=8, opt='adamw', lr=1e-5,
                   head_lr=10., wd=1e-4, clip=.01, warmup=0., validate_every=10, num_workers=4)
-_cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.)
+_cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.,
+                  val_scale=4/3, pseudo_scales=(4/3,))
 _frozen = 'simformer:freeze_norms=true'
 _taught = {1: ',distillation=0', 3: ',distance=bce'}   # the others: 0.1, margin
 _ade20k = dict(_simformer, data='ade20k', size=512, iterations=160_000,
