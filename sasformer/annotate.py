@@ -579,7 +579,8 @@ def state(self:Training)->dict:
     failed = self.process and not self.running and self.process.returncode and not self.stopped
     status = ('running' if self.running else 'finished' if (run/'result.json').exists() else
               'failed' if failed else 'stopped')
-    try: rows = [{k: _number(v) for k, v in r.items()} for r in csv.DictReader((run/'log.csv').open())]
+    log = run/'log.csv'
+    try: rows = [{k: _number(v) for k, v in r.items()} for r in csv.DictReader(log.read_text('utf-8').splitlines())]
     except FileNotFoundError: rows = []
     args = json.loads((run/'arguments.json').read_text(encoding='utf-8'))
     given = dict(zip(args, args[1:]))

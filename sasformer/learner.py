@@ -610,7 +610,7 @@ def load_segmenter(
         if not f.exists():
             raise FileNotFoundError(f"{f}: no such file; a model is a .safetensors file with model.json beside it")
     try:
-        meta = json.loads(config.read_text())
+        meta = json.loads(config.read_text(encoding='utf-8'))
         model = create_segmenter(**meta['config'])
     except (json.JSONDecodeError, KeyError, TypeError) as e:
         raise ValueError(f"{config}: not the description of a model: {e!r}") from e

@@ -643,11 +643,11 @@ def drawn_strokes(page, n, moves=60)->dict:
 # %% ../nbs/33_measure.ipynb #17ae1567
 def first_predictions(page, weights, n=3)->dict:
     "Seconds to the prediction of the first model that the program sees, and of `n` new ones"
-    shown, after_start, seconds = 'page.stage.layers.prediction.whole', time.perf_counter(), []
+    shown, began, seconds = 'page.stage.layers.prediction.whole', time.perf_counter(), []
     until(page, 'page.model')
     page.check('#prediction-on')
     until(page, shown)
-    after_start = time.perf_counter()-after_start
+    after_start = time.perf_counter()-began
     for _ in range(n):
         page.evaluate(f'globalThis.before = {shown}')
         os.utime(weights)

@@ -76,7 +76,7 @@ def _numbers(o, names, right, expected):
     for name in names:
         value = getattr(o, name)
         if value is None or right(value): continue
-        usual = next((f.default for f in dataclasses.fields(o) if f.name == name), None)
+        usual = getattr(type(o), name, None)   # a dataclass keeps its defaults there
         also = f', such as the default, {usual}' if isinstance(usual, (int, float)) else ''
         raise ValueError(f"{name}={value}: expected {expected}{also}")
 

@@ -290,7 +290,7 @@ def padding(self:Segmenter,
 
 @patch
 def pads(self:Segmenter, below, right):
-    "Is there something to pad? A graph for any size always pads"
+    "Is there something to pad? A graph for any size cannot ask: it pads wherever sizes have to be multiples"
     return self.multiple > 1 if exporting() else bool(below or right)
 
 # %% ../nbs/11_segmenters.ipynb #evalmode1

@@ -347,7 +347,7 @@ def test_check_names_what_is_wrong(plain):
     with pytest.raises(LayoutError, match=r'1 problem\n.*c\.png is missing'): src.check()
 
 @pytest.mark.parametrize('spoil,message', [
-    (lambda p: (p/'classes.txt').unlink(), 'codes.txt or classes.txt'),
+    (lambda p: (p/'classes.txt').unlink(), 'no names of classes: write them into .*codes.txt'),
     (lambda p: shutil.rmtree(p/'images/val'), 'expected subfolders train/ and val/'),
     (lambda p: shutil.copy(p/'images/train/a.jpg', p/'images/train/a.png'), 'have the same name'),
     (lambda p: shutil.copy(p/'images/train/a.jpg', p/'images/val/a.jpg'), 'ids must differ'),
