@@ -149,7 +149,7 @@ def test_stages_are_the_released_labels(src, monkeypatch, doubtful):
         assert (stages[name] == expected).float().mean() > .9999, name
 
 def test_stages_walk_as_the_released_validation():
-    "The affinity is that of the image at its own size, without a mirror image; labels for training take the largest scale"
+    "The affinity is that of the image at its own size; labels as in training take the largest scale"
     torch.manual_seed(0)
     model, x = create_segmenter('segformer_mit_b0', 6, decoder_dim=32).eval(), torch.randn(2, 3, 64, 96)
     heads, tags = AFAHeads(256, 5, 16), torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 1, 1.]])
