@@ -18,8 +18,8 @@ from fastai.vision.all import Callback
 from safetensors import safe_open
 from .annotations import PADDING, UNLABELLED
 from .attention import AttentionTap
-from .cam import (class_activation_maps, doubtful_left_out, foreground, id_table, pseudo_labels, refine_scores,
-                           tagged_scores, upsampled, with_padding)
+from .cam import (class_activation_maps, doubtful_left_out, foreground, halved, id_table, pseudo_labels,
+                           refine_scores, tagged_scores, upsampled, with_padding)
 from .data import global_sum
 from .machine import n_processes
 from .methods import Method, among, fraction, not_negative, register_method
@@ -148,11 +148,12 @@ def tag_maps(
     x:Tensor,              # Images as the model takes them, (B, 3, H, W)
     scales=(1., .5, 1.5),  # Factors of the images' size
     tap:AttentionTap=None, # Of the last block; None: no affinity
+    walk_scale:float=None, # One of `scales`, at which the affinity is taken; None: the largest
 )->TagMaps:
-    "Class activation maps, and the affinity at the largest scale; without gradient"
+    "Class activation maps, and the affinity at one scale; without gradient"
     found = []
     def hear(scale, seen):
-        if scale < max(scales): return
+        if scale != (walk_scale or max(scales)): return
         layers = [l._replace(q=l.q[:len(x)], k=l.k[:len(x)]) for l in tap.layers]   # without the mirror images
         found[:] = attention_affinity(layers, heads.affinity), layers[0].q_size, seen
     maps = class_activation_maps(model, heads.classify, x, scales, None if tap is None else hear)
@@ -243,6 +244,11 @@ def leave(self:AFALoss):
     self._labels = {}
 
 @patch(as_prop=True)
+def pseudo_label(self:AFALoss):
+    "What teaches the segmentation in this step, class ids (B, H, W); None before there are label maps"
+    return self._labels.get('segmentation')
+
+@patch(as_prop=True)
 def stage(self:AFALoss)->int:
     "0: tags alone, 1: labels from maps, 2: the segmentation learns from propagated maps"
     done, steps = self.epoch*self.n_iter+self.iter, self.n_epoch*self.n_iter
@@ -273,7 +279,8 @@ def _label_maps(self:AFALoss, heads, stage):
     with torch.autocast(x.device.type, enabled=False):
         out = {}
         if not walks or (self.affinity_label == 'cam' and self.affinity):
-            cam = pseudo_labels(self.images, *tagged_scores(m.maps, tags, self.thresholds), inside, **kw)
+            scores = tagged_scores(halved(m.maps, self.images), tags, self.thresholds)
+            cam = pseudo_labels(self.images, *scores, inside, **kw)
             out = dict(segmentation=cam, affinity=cam)
         if walks:
             scores, classes = propagate_maps(m, tags, self.thresholds, self.radius, self.bare.multiple)
@@ -308,21 +315,26 @@ def label_stages(
     tags:Tensor,            # Which classes are in each, (B, C), without the background
     cam_scales=(1., .5, 1.5), # Factors of the images' size
     thresholds=(.55, .35),  # Background scores, high and low
-    doubtful:bool=False,    # Leave out the pixels on which they disagree?
+    doubtful:bool=False,    # As in training, the pixels left out on which they disagree, or every pixel labelled?
     radius:int=8,           # Of the affinity's window, in positions
     **kw,                   # `iterations`, `dilations` of `refine_scores`
 )->dict:                    # Name of the stage → label map (B, H, W): 0 the background, 1… the classes
     "Label maps of the class activation maps, refined, propagated, and both"
     tap = _last_block(model) if heads.affinity is not None else None
-    one = [sum(thresholds)/len(thresholds)], [min(thresholds)]
-    for_maps, for_walk = (thresholds, thresholds) if doubtful else one
+    for_maps, for_walk, walk_scale = thresholds, thresholds, None
+    if not doubtful:
+        for_maps, for_walk = [sum(thresholds)/len(thresholds)], [min(thresholds)]
+        walk_scale = min(cam_scales, key=lambda s: abs(s-1))
+    resized = lambda t: F.interpolate(t, images.shape[-2:], mode='bilinear', align_corners=False)
     with torch.no_grad(), tap or nullcontext():
-        m = tag_maps(model, heads, x, cam_scales, tap)
-        scores = {'cam': tagged_scores(m.maps, tags, for_maps)}
-        if tap is not None: scores['propagated'] = propagate_maps(m, tags, for_walk, radius, model.multiple)
-        out = {}
-        for name, (s, classes) in scores.items():
-            whole = F.interpolate(s.flatten(1, 2), images.shape[-2:], mode='bilinear', align_corners=False)
-            out[name] = doubtful_left_out(whole.unflatten(1, s.shape[1:3]), classes)
-            out[f'{name}_refined'] = doubtful_left_out(refine_scores(images, s, **kw), classes)
+        m = tag_maps(model, heads, x, cam_scales, tap, walk_scale)
+        maps = resized(m.maps)
+        scores, classes = tagged_scores(halved(maps, images), tags, for_maps)
+        out = {'cam': doubtful_left_out(tagged_scores(maps, tags, for_maps)[0], classes),
+               'cam_refined': doubtful_left_out(refine_scores(images, scores, **kw), classes)}
+        if tap is None: return out
+        scores, classes = propagate_maps(m, tags, for_walk, radius, model.multiple)
+        scores = resized(scores.flatten(1, 2)).unflatten(1, scores.shape[1:3])
+        out['propagated'] = doubtful_left_out(scores, classes)
+        out['propagated_refined'] = doubtful_left_out(refine_scores(images, scores, corners=True, **kw), classes)
     return out

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_padding', 'upsampled', 'features_at', 'largest', 'unit_range', 'class_activation_maps', 'tagged_scores',
-           'doubtful_left_out', 'foreground', 'id_table', 'image_boxes', 'refine_scores', 'pseudo_labels']
+           'doubtful_left_out', 'foreground', 'id_table', 'image_boxes', 'halved', 'refine_scores', 'pseudo_labels']
 
 # %% ../nbs/22_cam.ipynb #abc46b14
 import torch, torch.nn.functional as F
@@ -130,38 +130,44 @@ def image_boxes(
     after = lambda m: m.shape[1]-m.flip(1).argmax(1)
     return torch.stack([first(rows), after(rows), first(columns), after(columns)], 1).tolist()
 
+def halved(
+    maps:Tensor,         # (B, C, h, w), of any size
+    images:Tensor,       # (B, 3, H, W)
+    corners:bool=False,  # Align the corners?
+)->Tensor:               # (B, C, H//2, W//2)
+    "Resized (bilinear) to half the images' size, where labels are refined"
+    return F.interpolate(maps, [max(1, n//2) for n in images.shape[-2:]], mode='bilinear', align_corners=corners)
+
 def refine_scores(
     images:Tensor,      # In [0, 1], (B, 3, H, W)
     scores:Tensor,      # (B, n, K, h, w), of any size
     iterations:int=10,  # Of the refinement; 0: none
     dilations=(1, 2, 4, 8, 12, 24), # Distances of the neighbours, in pixels at half the size
+    corners:bool=False, # Align the corners on the way to half the size, as released for propagated scores?
 )->Tensor:              # (B, n, K, H, W)
     "Scores refined at half the images' size, then resized (bilinear)"
-    size = images.shape[-2:]
-    half = [max(1, n//2) for n in size]
-    y = F.interpolate(scores.flatten(1, 2), half, mode='bilinear', align_corners=False)
-    if iterations:
-        small = F.interpolate(images, half, mode='bilinear', align_corners=False)
-        y = pixel_adaptive_refinement(small, y, dilations, iterations)
-    return F.interpolate(y, size, mode='bilinear', align_corners=False).unflatten(1, scores.shape[1:3])
+    y = halved(scores.flatten(1, 2), images, corners)
+    if iterations: y = pixel_adaptive_refinement(halved(images, images), y, dilations, iterations)
+    return F.interpolate(y, images.shape[-2:], mode='bilinear', align_corners=False).unflatten(1, scores.shape[1:3])
 
 # %% ../nbs/22_cam.ipynb #82e0210e
 def pseudo_labels(
     images:Tensor,      # In [0, 1], (B, 3, H, W)
-    scores:Tensor,      # (B, 1 or 2, 1+K, h, w), from `tagged_scores`, perhaps propagated
+    scores:Tensor,      # (B, 1 or 2, 1+K, h, w), from `tagged_scores`: of `halved` maps, or propagated for `box`
     classes:Tensor,     # (B, 1+K), 0 is the background
     inside:Tensor=None, # Which pixels are image and not padding, (B, H, W) bool; None: all
-    box:bool=False,     # Refine each image inside its rectangle, or the whole crop?
+    box:bool=False,     # Refine each image inside its rectangle, with corners aligned, or the whole crop?
     **kw,               # `iterations`, `dilations` of `refine_scores`
 )->Tensor:              # (B, H, W): 0 the background, 1… the classes, 255 doubtful, 254 padding
     "Label maps from scores of classes (AFA, section 3.4)"
     inside = torch.ones_like(images[:,0], dtype=torch.bool) if inside is None else inside
+    if box:
+        full = F.interpolate(scores.flatten(1, 2), images.shape[-2:], mode='bilinear', align_corners=False)
+        scores = full.unflatten(1, scores.shape[1:3])
     if not box or inside.all():
-        return doubtful_left_out(refine_scores(images, scores, **kw), classes).where(inside, PADDING)
+        return doubtful_left_out(refine_scores(images, scores, corners=box, **kw), classes).where(inside, PADDING)
     out = classes.new_full(inside.shape, PADDING)
-    full = F.interpolate(scores.flatten(1, 2), inside.shape[-2:], mode='bilinear', align_corners=False)
-    full = full.unflatten(1, scores.shape[1:3])
     for b, (top, bottom, left, right) in enumerate(image_boxes(inside)):
         part = (slice(b, b+1), ..., slice(top, bottom), slice(left, right))
-        out[part] = doubtful_left_out(refine_scores(images[part], full[part], **kw), classes[b:b+1])
+        out[part] = doubtful_left_out(refine_scores(images[part], scores[part], corners=True, **kw), classes[b:b+1])
     return out

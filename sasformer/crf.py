@@ -54,6 +54,8 @@ def dense_energy(
 # %% ../nbs/26_crf.ipynb #crl0000g
 class CRFLoss(LossTerm):
     "Adds the pair term of a dense CRF to the loss of a `Learner`"
+    order = LossTerm.order+.5   # after the terms of a method that makes its own label map
+
     def __init__(self,
         weight:float=1e-9,     # Of the energy
         xy:float=100.,         # σ of places, pixels of the batch
@@ -66,12 +68,18 @@ class CRFLoss(LossTerm):
         _check_options(xy, rgb, gradient)
         self.xy, self.rgb, self.gradient = xy, rgb, gradient
 
+    @property
+    def gate_label(self):
+        "The label map that a method makes in this step, or that of the batch, (B, H, W)"
+        made = [cb.pseudo_label for cb in self.learn.cbs if isinstance(cb, LossTerm)]
+        return next((label for label in made if label is not None), self.label_map)
+
     def terms(self):
-        labels, I = self.label_map, self.images
+        labels, I = torch.stack([self.label_map, self.gate_label], 1).float(), self.images
         half = [max(1, n//2) for n in I.shape[2:]]
         S = F.interpolate(self.logits, I.shape[2:], mode='bilinear', align_corners=False).softmax(1)
         S = F.interpolate(S, half, mode='bilinear', align_corners=False)
-        I, labels = (F.interpolate(o, half) for o in (I, labels[:,None].float()))
-        S = S*(labels != PADDING)
-        gate = energy_gate(S, labels[:,0] != UNLABELLED)
+        I, labels = (F.interpolate(o, half) for o in (I, labels))
+        S = S*(labels[:,:1] != PADDING)
+        gate = energy_gate(S, labels[:,1] != UNLABELLED)
         return dict(crf=dense_energy(S, I, gate, self.xy/2, self.rgb, self.gradient))

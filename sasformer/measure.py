@@ -425,8 +425,9 @@ def walk(self:AFAStep, m):
 
 @patch
 def refine(self:AFAStep, m, walked):
-    from sasformer.cam import pseudo_labels, tagged_scores
-    return pseudo_labels(self.images, *tagged_scores(m.maps, self.tags)), pseudo_labels(self.images, *walked)
+    from sasformer.cam import halved, pseudo_labels, tagged_scores
+    cam = pseudo_labels(self.images, *tagged_scores(halved(m.maps, self.images), self.tags))
+    return cam, pseudo_labels(self.images, *walked, box=True)
 
 @patch
 def losses(self:AFAStep, logits, features, layers, of_maps, of_walk):

@@ -1,10 +1,13 @@
 "Masks from tags: what AFA teaches, refuses and leaves behind, in one process and in two, killed and resumed"
 import json
 
-import numpy as np, pytest, torch
-from sasformer.afa import AFALoss, affinity_pairs, attention_affinity, pair_loss, random_walk, window_mask
+import numpy as np, pytest, torch, torch.nn.functional as F
+from sasformer import afa, crf
+from sasformer.afa import (AFAHeads, AFALoss, TagMaps, affinity_pairs, attention_affinity, label_stages, pair_loss,
+                           random_walk, window_mask)
 from sasformer.attention import QK
-from sasformer.cam import class_activation_maps, foreground, id_table, image_boxes, pseudo_labels, tagged_scores
+from sasformer.cam import (class_activation_maps, foreground, halved, id_table, image_boxes, pseudo_labels,
+                           tagged_scores)
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import Source, scenes
 from sasformer.annotations import read_label_map
@@ -12,6 +15,7 @@ from sasformer.evaluate import main as evaluate, open_data
 from sasformer.labels import main
 from sasformer.learner import load_segmenter, save_segmenter, sparse_learner
 from sasformer.methods import STAGES, parse_method
+from sasformer.refine import unfolded_refinement
 from sasformer.tag_labels import evaluate_stages, load_afa
 from sasformer.segmenters import create_segmenter
 from conftest import fork_two, write_folder
@@ -77,8 +81,92 @@ def test_padding_is_never_labelled():
     inside = torch.zeros(1, 16, 16, dtype=torch.bool)
     inside[:,3:13,2:9] = True
     for box in (False, True):
-        label = pseudo_labels(images, *tagged_scores(maps, torch.ones(1, 2)), inside, box, iterations=2)
+        scores = tagged_scores(maps if box else halved(maps, images), torch.ones(1, 2))
+        label = pseudo_labels(images, *scores, inside, box, iterations=2)
         assert torch.equal(label == 254, ~inside)
+
+def resized(t, size, corners=False): return F.interpolate(t, size, mode='bilinear', align_corners=corners)
+
+def released_label(image, maps, tags, inside, affinity=None, thresholds=(.55, .35), iterations=2):
+    "One image, step by step in the released order: labels from the maps, or from those propagated along an affinity"
+    H, W = inside.shape
+    names, best = torch.tensor([0, *(tags.nonzero().flatten()+1)]), []
+    top, bottom, left, right = (0, H, 0, W) if affinity is None else image_boxes(inside[None])[0]
+    image = image[None, :, top:bottom, left:right]
+    half = [n//2 for n in image.shape[2:]]
+    for beta in thresholds:
+        P = torch.cat([torch.full((1, H, W), beta), maps])[names][None]
+        if affinity is None: P = resized(P, half).softmax(1)
+        else:
+            n = round(len(affinity)**.5)
+            T = affinity**2*window_mask(n, n, 8)
+            P = resized(P, (n, n)).softmax(1).flatten(2) @ (T/(T.sum(0)+.1))
+            P = resized(P.view(1, -1, n, n), (H, W))[..., top:bottom, left:right]
+            P = resized(P, half, corners=True)
+        P = unfolded_refinement(resized(image, half), P, iterations=iterations)
+        best.append(names[resized(P, image.shape[2:])[0].argmax(0)])
+    out = torch.full((H, W), 254)
+    out[top:bottom, left:right] = torch.where(best[0] != 0, best[0], torch.where(best[-1] == 0, 0, 255))
+    return out.where(inside, torch.tensor(254))
+
+def noisy_maps(n, classes=5, size=64, positions=8):
+    "Maps on which a softmax or a resize in another place shows, and an affinity that keeps them apart"
+    g = torch.Generator().manual_seed(0)
+    A = .05*torch.rand(n, positions**2, positions**2, generator=g)
+    return TagMaps(torch.rand(n, classes, size, size, generator=g), A+A.mT+.9*torch.eye(positions**2),
+                   (positions, positions), (size, size))
+
+def test_a_step_teaches_with_the_released_labels(dls, monkeypatch):
+    "Labels of the affinity from the maps, of the segmentation from propagated ones, pixel by pixel"
+    steps, made = [], AFALoss._label_maps
+    monkeypatch.setattr(afa, 'tag_maps', lambda model, heads, x, *a: noisy_maps(len(x)))
+    def kept(self, *a):
+        out = made(self, *a)
+        steps.append((self.images, self.tags[:, self.classes], self.label_map != 254, out))
+        return out
+    monkeypatch.setattr(AFALoss, '_label_maps', kept)
+    method = 'afa:labels_from=0,propagated_from=0,par_iterations=2'
+    learn = sparse_learner(dls, 'segformer_mit_b0', method, precision='fp32', decoder_dim=32)
+    with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
+    for images, tags, inside, out in steps:
+        m = noisy_maps(len(images))
+        for name, A in (('affinity', [None]*len(images)), ('segmentation', m.affinity)):
+            expected = torch.stack([released_label(*o) for o in zip(images, m.maps, tags, inside, A)])
+            assert (expected == 255).any() and (expected == 254).any()
+            assert (out[name] == expected).float().mean() > .9999, name   # in a tie the last bit decides
+
+@pytest.mark.parametrize('doubtful', [False, True])
+def test_stages_are_the_released_labels(src, monkeypatch, doubtful):
+    "One threshold for maps and one for propagated maps, or both as in training"
+    monkeypatch.setattr(afa, 'tag_maps', lambda model, heads, x, *a: noisy_maps(len(x)))
+    model, images = create_segmenter('segformer_mit_b0', 6, decoder_dim=32), torch.rand(2, 3, 64, 64)
+    tags = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0.]])
+    stages = label_stages(model, AFAHeads(256, 5, 16), images, images, tags, doubtful=doubtful, iterations=2)
+    m, inside = noisy_maps(2), torch.ones(64, 64, dtype=torch.bool)
+    for name, A, one in (('cam_refined', [None]*2, .45), ('propagated_refined', m.affinity, .35)):
+        expected = torch.stack([released_label(*o, inside, a, (.55, .35) if doubtful else (one,))
+                                for *o, a in zip(images, m.maps, tags, A)])
+        assert (stages[name] == expected).float().mean() > .9999, name
+
+def test_stages_walk_as_the_released_validation():
+    "The affinity is that of the image at its own size; labels as in training take the largest scale"
+    torch.manual_seed(0)
+    model, x = create_segmenter('segformer_mit_b0', 6, decoder_dim=32).eval(), torch.randn(2, 3, 64, 96)
+    heads, tags = AFAHeads(256, 5, 16), torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 1, 1.]])
+    torch.nn.init.normal_(heads.affinity.weight, std=.05)
+    images, labels = torch.rand(2, 3, 64, 96), []
+    with torch.no_grad():
+        maps = class_activation_maps(model, heads.classify, x)
+        for scale in (1, 1.5):
+            with afa._last_block(model) as tap: model(x if scale == 1 else resized(x, (96, 144)))
+            scores, classes = tagged_scores(resized(maps, tap.layers[0].q_size), tags, [.35])
+            walked = random_walk(scores[:, 0], attention_affinity(tap.layers, heads.affinity))
+            labels.append(classes.gather(1, resized(walked, (64, 96)).argmax(1).flatten(1)).view(2, 64, 96))
+    for thresholds, expected in (((.55, .35), labels[0]), ((.35,), labels[0]), ((.35,), labels[1])):
+        doubtful = expected is labels[1]
+        stages = label_stages(model, heads, x, images, tags, thresholds=thresholds, doubtful=doubtful, iterations=1)
+        assert (stages['propagated'] == expected).float().mean() > .9999
+    assert (labels[0] == labels[1]).float().mean() < .999
 
 def test_only_tagged_classes_are_found():
     maps = torch.rand(3, 6, 8, 8)
@@ -127,11 +215,19 @@ def test_other_transformers(dls, model):
     with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
     assert all(np.isfinite(v) for v in learn.afa_loss.epochs[0].values())
 
-def test_with_the_regulariser_of_the_released_code(dls):
-    learn = sparse_learner(dls, 'segformer_mit_b0', 'afa:labels_from=0+crf:start=0', precision='fp32', decoder_dim=32)
+@pytest.mark.parametrize('method', ['afa:labels_from=0+crf:start=0', 'crf:start=0+afa:labels_from=0'])
+def test_with_the_regulariser_of_the_released_code(dls, monkeypatch, method):
+    "Its gate holds back what AFA's own label map labels in this step, in either order of the names"
+    made, gates, label_maps, gate = [], [], AFALoss._label_maps, crf.energy_gate
+    monkeypatch.setattr(AFALoss, '_label_maps', lambda *a: made.append(label_maps(*a)) or made[-1])
+    monkeypatch.setattr(crf, 'energy_gate', lambda S, labelled: gates.append(labelled) or gate(S, labelled))
+    learn = sparse_learner(dls, 'segformer_mit_b0', method, precision='fp32', decoder_dim=32)
     with learn.no_logging(), learn.no_bar(): learn.fit_poly(epochs=1, lr=1e-5)
     assert learn.afa_loss.epochs[0]['seg'] > 0
     assert all(np.isfinite(v) for cb in (learn.afa_loss, learn.crf_loss) for v in cb.epochs[0].values())
+    assert len(gates) == 2 and not gates[0].all()
+    # stage 0 has no label map: the batch's own, of which nothing but padding is labelled
+    assert all(torch.equal(g, m['segmentation'][:, ::2, ::2] != 255) for g, m in zip(gates[-len(made):], made))
 
 def test_fewer_keys_than_queries_are_refused(dls):
     with pytest.raises(ValueError, match='last block of segformer_pvt_v2_b2_li has fewer keys than queries'):

@@ -306,13 +306,14 @@ def test_crf_loss_counts_no_padding():
     labels[:, 2:4, :8], labels[:, :, 8:] = 1, PADDING
     def term(scores, image):
         loss = CRFLoss(xy=6., rgb=80.)
-        loss.learn = SimpleNamespace(pred=scores, x=normalise(255*image), yb=(labels,), model=None)
+        loss.learn = SimpleNamespace(pred=scores, x=normalise(255*image), yb=(labels,), model=None, cbs=[])
         return loss.terms()['crf']
     scores = torch.randn(1, 3, 16, 16, generator=g).requires_grad_()
     value = term(scores, image)
     to_scores, = torch.autograd.grad(value, scores)
     assert value < 0 and (to_scores[..., 8:] == 0).all() and (to_scores[..., :8] != 0).any()
-    alone = SimpleNamespace(pred=scores[..., :8], x=normalise(255*image[..., :8]), yb=(labels[..., :8],), model=None)
+    alone = SimpleNamespace(pred=scores[..., :8], x=normalise(255*image[..., :8]), yb=(labels[..., :8],), model=None,
+                            cbs=[])
     cut = CRFLoss(xy=6., rgb=80.)
     cut.learn = alone   # without the padding, whose pixels are points of the lattice too
     assert cut.terms()['crf'].item() == pytest.approx(value.item(), rel=.1)
