@@ -219,7 +219,7 @@ def learner(self:Recipe,
     resume:bool=False,  # Go on with the run that is there
     tensorboard:bool=False, # Write TensorBoard logs as well
     device=None,        # None: the best there is, see `sasformer.machine`
-    cbs=None,
+    cbs=None,             # More callbacks of the `Learner`
     labels=None,        # Folder of pseudo labels: the second training of `self_train`
     allow_changes:bool=False,  # Go on with other images than the run began with
 ):

@@ -242,7 +242,12 @@ def wait():
     import torch.distributed as dist
     if dist.is_initialized(): dist.barrier()
 
-def label_novel(r, teacher, out, device=None):
+def label_novel(
+    r:Recipe,        # With the scales to look at
+    teacher:Path,    # Folder of the run whose last model labels
+    out:Path,        # Folder of the label maps
+    device=None,     # As for `train`
+)->dict:             # As from `write_pseudo_labels`: novel class → images with pixels of it
     "Pseudo labels of the training images from the last model of a run"
     from sasformer.inference import _bar
     from sasformer.learner import load_segmenter
