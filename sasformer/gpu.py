@@ -786,7 +786,7 @@ def sample_voc(
     mb:float=20.,  # Megabytes of it, at most
 )->dict:           # Split → number of images
     "Evenly spaced images of training (four fifths) and validation with their masks, points and lists"
-    from sasformer.datasets import voc2012
+    from sasformer.benchmarks import voc2012
     src = voc2012(path)
     files, n = voc_files(src, folder), len(src.images)
     size = {id: sum(f.stat().st_size for f in pair) for id, pair in files.items()}

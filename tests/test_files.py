@@ -136,10 +136,10 @@ def test_a_mask_drawn_on_the_unturned_photograph(tmp_path):
     exif[0x0112] = 6
     p = dataset(tmp_path)
     Image.new('RGB', (6, 4)).save(p/'images/a.jpg', exif=exif)
-    with pytest.raises(AnnotationError, match=r'a.png is \(4, 6\).*the other way round: if EXIF turns the photograph'):
+    with pytest.raises(AnnotationError, match=r'a.png is \(4, 6\).*the other way round: .*and EXIF turns that'):
         folder(p).mask('a')
     (p/'masks').rename(p/'scribble')
-    with pytest.raises(AnnotationError, match='if EXIF turns the photograph'): folder(p).annotation('a', 'scribble')
+    with pytest.raises(AnnotationError, match='and EXIF turns that'): folder(p).annotation('a', 'scribble')
 
 @pytest.mark.parametrize('orientation', range(1, 9))
 @pytest.mark.parametrize('suffix', ['jpg', 'tif', 'png', 'webp'])
@@ -305,7 +305,7 @@ def test_endings_in_capitals(tmp_path):
     xml = '<a><size><width>6</width><height>4</height></size></a>'
     (tmp_path/'a.XML').write_text(xml)
     assert ScribbleXML(tmp_path).ids == ['a'] and ScribbleXML(tmp_path).label_map('a').shape == (4, 6)
-    with pytest.raises(AnnotationError, match='if EXIF turns'): ScribbleXML(tmp_path).label_map('a', shape=(6, 4))
+    with pytest.raises(AnnotationError, match='and EXIF turns that'): ScribbleXML(tmp_path).label_map('a', shape=(6, 4))
 
 # ---- per image the best label there is
 
