@@ -102,6 +102,7 @@ def open_data(
     "The data set to evaluate on, its layout checked"
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if data is None and not settings.exists():
+        if not model.exists(): raise ValueError(f"{model}: no such file or folder")
         raise ValueError(f"{model} is no folder of a training (it holds no {settings.name}): give the one that --out "
                          "made, as in sasformer_eval runs/mine; a model file needs its data set too: sasformer_eval "
                          "MODEL --data folder --path photos")
