@@ -27,6 +27,7 @@ COMMANDS = dict(
     simformer="A training step of SimFormer and of a plain MaskFormer, and a prediction of each",
     annotate="Strokes on the page of sasformer_annotate, in a Chromium, and the first prediction there")
 
+# %% ../nbs/66_bench.ipynb #2e3c6d40
 def bench_parser():
     p = argparse.ArgumentParser(
         prog='sasformer_bench', allow_abbrev=False,

@@ -278,7 +278,7 @@ def _pairs(**changes):
 
 TABLES['phantoms_switches'] = Table('Built-in hearts from other labels', {
     **_pairs(points=dict(annotation='point'), blocks=dict(annotation='block10')),
-    'masks': dict(annotation='dense', **_baseline)}, base=dict(recipe='phantoms'), folder='phantoms_switches')
+    'masks-baseline': dict(annotation='dense', **_baseline)}, base=dict(recipe='phantoms'), folder='phantoms_switches')
 TABLES['acdc_switches'] = Table('ACDC, one change at a time', _pairs(
     points=dict(annotation='point'),
     size96=dict(size=96, scale_min=.375, scale_max=.75, val_scale=.5),
@@ -726,6 +726,7 @@ def full_size_needs(
             f"{len(r)} trainings of {r[0].iterations:,} steps of {r[0].bs} crops ({crops/1e6:.1f} million crops). "
             "Hours and memory were not measured here: sasformer_bench step --device cuda times a step on yours")
 
+# %% ../nbs/65_paper.ipynb #2b78d386
 def _list(o):
     if o.size == 'full':
         tables = [t for t in o.table or TABLES if t not in TABLES or not TABLES[t].folder]
@@ -740,6 +741,7 @@ def _list(o):
             there = sum((o.results/folder/f'{n}.json').exists() for n in cells)
             print(f"{t:16} {there:3} of {len(cells):3} cells have results  {TABLES[t].title}")
 
+# %% ../nbs/65_paper.ipynb #99e134dc
 def _run(o):
     total = {(table_folder(t, o.size), n): c for t in o.table for n, c in _chosen(o, t, o.seeds).items()}
     if o.precision != 'auto': total = {k: {**c, 'precision': o.precision} for k, c in total.items()}
@@ -756,6 +758,7 @@ def _run(o):
     others = f", {len(elsewhere)} with other processes" if elsewhere else ''
     print(f"{len(run)} run, {len(total)-len(run)-len(elsewhere)} were there{others}")
 
+# %% ../nbs/65_paper.ipynb #4dc3d00a
 def _show(o):
     for t in o.table:
         df = paper_table(t, o.results, o.size)
