@@ -374,6 +374,26 @@ def test_drawing(screen):
     assert page.locator('#class-buttons .name').all_text_contents() == CLASSES
 
 
+def test_labels_that_come_late(screen):
+    "Ready means drawn, and a stroke stays in view, when the view is moved before the picture of the labels is here"
+    page = screen.page
+    screen.press('2')
+    screen.drag((40, 40), (80, 40))
+    screen.saved(1)
+    page.add_init_script("""{ const at_once = fetch; let asked = 0
+        fetch = async (address, options) => {
+            if (/labels/.test(address)) await new Promise(done => setTimeout(done, 500 * ++asked))
+            return at_once(address, options) } }""")
+    page.reload()
+    screen.ready(0)
+    assert screen.colour('labels', 60, 40)[3] == 255
+    screen.drag((40, 60), (80, 60))
+    screen.until('!page.saver.queue.length && !page.saver.busy', lambda: len(screen.sent) == 2)
+    screen.press('0')   # the same view once more
+    screen.saved(2)
+    assert screen.colour('labels', 60, 40)[3] == screen.colour('labels', 60, 60)[3] == 255
+
+
 def test_turned_photograph_by_keyboard_alone(screen):
     page = screen.page
     page.locator('#list button', has_text='turned').focus()
@@ -465,7 +485,8 @@ def test_training_seen_stopped_and_gone_on_with(screen):
     assert page.evaluate('page.training.rows.length') == done
 
 
-def test_the_canvas_in_a_notebook(browser, maps):
+@pytest.mark.parametrize('hidden', [False, True])
+def test_the_canvas_in_a_notebook(browser, maps, hidden):
     "The widget's JavaScript in Chromium, its kernel's side here: what is drawn is at once in the kernel and on disk"
     import base64
     pytest.importorskip('anywidget', reason="anywidget is not here: the canvas of notebooks is not tested")
@@ -475,6 +496,7 @@ def test_the_canvas_in_a_notebook(browser, maps):
     page.expose_function('toKernel', lambda content: (lambda data, sent: [
         data, [base64.b64encode(b).decode() for b in sent]])(*annotate.answer_message(widget.pages, content)))
     page.goto('about:blank')
+    if hidden: page.evaluate('() => { ResizeObserver = class { observe() {} } }')   # in a hidden tab it says nothing
     page.evaluate("""async code => {
         const {default: {render}} = await import(URL.createObjectURL(new Blob([code], {type: 'text/javascript'})))
         let heard

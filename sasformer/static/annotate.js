@@ -19,12 +19,16 @@ class Layer {
     this.on = true
     this.clear()
   }
-  clear() { this.whole = this.part = null; this.asked = (this.asked ?? 0) + 1 }
+  clear() { this.whole = this.part = this.loading = null; this.stale = false; this.asked = (this.asked ?? 0) + 1 }
 
-  // Fetch what the view needs; an answer that comes after a newer question is dropped
-  async load({again = false} = {}) {
+  // Done when what the view needs is drawn; an answer that comes after a newer question waits for that one's
+  load({again = false} = {}) {
+    this.stale ||= again   // until new pictures are here, whoever asks for them
+    return this.loading = this.fetch()
+  }
+  async fetch() {
     if (!this.on || !this.stage.photo) return
-    const {photo} = this.stage, asked = ++this.asked
+    const {photo} = this.stage, asked = ++this.asked, again = this.stale
     const all = [0, 0, photo.width, photo.height], scale = Math.min(1, 1600/Math.max(photo.width, photo.height))
     const view = this.stage.visible(), fine = this.stage.source.parts.includes(this.name) && this.stage.density() > 1.05*scale
     const wanted = fine && (again || !this.part || String(view.box) !== String(this.part.box)) ? view : null
@@ -32,8 +36,8 @@ class Layer {
     const [whole, part] = await Promise.all([
       this.whole && !again ? this.whole : get(all, [photo.width, photo.height].map(n => Math.max(1, Math.round(n*scale)))),
       wanted ? get(wanted.box, wanted.size) : fine ? this.part : null])
-    if (asked !== this.asked) return
-    Object.assign(this, {whole, part})
+    if (asked !== this.asked) return this.loading
+    Object.assign(this, {whole, part, stale: false})
     this.draw()
   }
 
@@ -100,7 +104,8 @@ export class Stage {
   show(photo) {
     this.photo = photo; this.live = null; this.pending = []
     for (const l of Object.values(this.layers)) l.clear()
-    this.fit()
+    if (this.box) this.fit()
+    else this.resize()   // the observer speaks with the next frame, in a hidden tab not at all
     return Promise.all(Object.values(this.layers).map(l => l.load()))
   }
   fit() {
@@ -424,6 +429,7 @@ class Page {
       this.saver.state = photo
       this.saved('')
       await this.stage.show(photo)
+      if (this.n !== n) return
       if (!this.sized) this.size(2*Math.round(Math.max(photo.width, photo.height)/300)+1)
       $('stage').dataset.ready = n
     } catch (e) { for (const l of Object.values(this.stage.layers)) { l.clear(); l.draw() } this.trouble(e.message) }
@@ -672,7 +678,7 @@ async function renderWidget({model, el}) {
     saver.base = `/api/photos/${n}`
     saver.state = await askJson(saver.base+'/photo')
     await stage.show(saver.state)
-    el.dataset.ready = n
+    el.dataset.ready = to
   }
   const button = (text, onclick) => make('button', {textContent: text, onclick})
   const toggles = (names, chosen, choose) => names.map((name, k) => {
