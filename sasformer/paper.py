@@ -219,6 +219,9 @@ TABLES['voc_points'] = Table('Part of VOC from human points: a ViT with a linear
     'sasformer': _sasformer,
     'tel': _tel,
     'released': _released,
+    'scores': dict(_released, loss_at='scores'),
+    'KL': dict(_released, distance='KL'),
+    'reverse_KL': dict(_released, distance='reverse_KL'),
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='voc_subset_point', weights='pretrained'))
@@ -252,6 +255,14 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     base=dict(recipe='afa_voc_subset', method='afa', weights='pretrained'))
 
 # %% ../nbs/65_paper.ipynb #acdctable
+TABLES['msrc'] = Table('MSRC from simulated scribbles: photographs on which nothing was chosen', {
+    'baseline': _baseline,
+    'sasformer': _sasformer,
+    'released': _released,
+    'tel': _tel,
+    'masks': dict(annotation='dense', **_baseline)}, 3, folder='msrc', base=dict(
+        recipe='folder', weights='pretrained', size=192, bs=8, epochs=20, decoder_dim=128, dropout=.1, last_stride=1,
+        scale_max=1.25, validate_every=10, start=.5, sigma=.002))
 TABLES['phantoms'] = Table('What make demo trains: built-in hearts from scribbles, from scratch', {
     'baseline': _baseline,
     'sasformer': _sasformer,
