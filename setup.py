@@ -17,6 +17,7 @@ setup(
     long_description=open('README.md', encoding='utf8').read(), long_description_content_type='text/markdown',
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard'],
-                    'onnx': ['onnx', 'onnxruntime', 'onnxscript'], 'annotate': ['starlette', 'uvicorn', 'anywidget']},
+                    'onnx': ['onnx', 'onnxruntime', 'onnxscript'], 'annotate': ['starlette', 'uvicorn', 'anywidget'],
+                    'tiff': ['imagecodecs']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': ['sasformer=sasformer._modidx:d']},
 )

@@ -128,7 +128,9 @@ def _bands(path, channels, read):
         if read and not np.isfinite(a := reader(path, True)).all():
             raise ValueError("has pixels that are no numbers (NaN or infinite)")
     except OSError as e: raise e if str(path) in str(e) else OSError(f"{path}: cannot be read as an image: {e}") from e
-    except Exception as e: raise OSError(f"{path}: {e}") from e   # tifffile has many of its own
+    except Exception as e:   # tifffile has many of its own
+        how = ': pip install "sasformer[tiff]"' if "'imagecodecs'" in str(e) else ''
+        raise OSError(f"{path}: {e}{how}") from e
     return a
 
 def open_bands(

@@ -327,12 +327,20 @@ def list_segmenters(
 # %% ../nbs/11_segmenters.ipynb #c307eb85
 # timm's modules whose models know one image size: positions or windows are learned for it
 _one_size = ('beit', 'byoanet', 'cait', 'coat', 'convit', 'efficientformer', 'efficientformer_v2', 'gcvit', 'hiera',
-             'levit', 'maxxvit', 'mvitv2', 'nest', 'pit', 'volo')
+             'levit', 'maxxvit', 'mlp_mixer', 'mvitv2', 'nest', 'pit', 'tnt', 'visformer', 'vision_transformer_relpos',
+             'vitamin', 'volo')
 _any_size = 'lambda_resnet26t', 'lambda_resnet50ts'   # of byoanet; the others know positions
 _windows = ('swin_transformer', 'swin_transformer_v2', 'swin_transformer_v2_cr')   # timm makes these flexible
+# those that need whole patches, or whose levels only meet at multiples of the coarsest
+_whole = (*_vits, *_windows, 'byoanet', 'csatv2', 'deepseek_vit', 'dla', 'gemma4_vit', 'hieradet_sam2', 'hrnet',
+          'naflexvit', 'qwen3_vit', 'tresnet', 'vision_transformer_sam')
+_unpadded = ('inception_resnet_v2', 'inception_v3', 'inception_v4')
 
 def _check_size(name, backbone, kw):
-    "Refuse a backbone that works at one size only, unless that size is named"
+    "Refuse a backbone that works at one size only, unless that size is named, or whose features are shifted"
+    if is_model_in_modules(backbone, _unpadded):
+        raise ValueError(f"{name}: {backbone} convolves without padding, its features do not lie on the image's grid; "
+                         "take another, as segformer_inception_next_tiny or segformer_resnet50")
     if 'img_size' in kw or backbone.partition('.')[0] in _any_size: return
     if not is_model_in_modules(backbone, _one_size): return
     raise ValueError(f"{name}: timm's {backbone} works at one image size only, and segmenters see crops and "
@@ -434,8 +442,7 @@ def create_segmenter(
     if decoder == 'deeplabv3plus': options['stride'] = stride
     options.update(queries)
     head = decoders[decoder](net.feature_info.channels(), n_classes, **options)
-    # these need whole patches
-    whole = decoder == 'hrnet' or is_model_in_modules(backbone, (*_vits, *_windows, 'byoanet', 'csatv2'))
+    whole = is_model_in_modules(backbone, _whole)
     cfg, n = timm.get_pretrained_cfg(backbone), kw.get('in_chans', 3)
     # of other channels nobody knows them: values stay as they are, until `sparse_learner` has counted
     statistics = (tuple(cfg.mean), tuple(cfg.std)) if n == 3 else ((0.,)*n, (1/255,)*n)

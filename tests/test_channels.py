@@ -118,6 +118,33 @@ def test_files(tmp_path, kind):
     assert np.array_equal(open_bands(f, a.shape[2]), a)
     assert picture(a, None).shape == (6, 8, 3)
 
+@pytest.mark.parametrize('how', ['lzw', 'zstd', 'deflate'])
+def test_packed_files(tmp_path, how, monkeypatch):
+    "What most programs write; without the package that unpacks it, its name is said"
+    pytest.importorskip('imagecodecs', reason="imagecodecs is not here: packed TIFFs are not tested")
+    a = np.random.default_rng(1).integers(0, 200, (16, 16, 5), dtype=np.uint8)
+    tifffile.imwrite(tmp_path/'a.tif', a, photometric='minisblack', planarconfig='contig', compression=how)
+    assert np.array_equal(open_bands(tmp_path/'a.tif', 5), a)
+    def missing(self): raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
+    monkeypatch.setattr(tifffile.TiffPageSeries, 'asarray', missing)
+    with pytest.raises(OSError, match=r'a.tif: .*LZW.*pip install "sasformer\[tiff\]"$'): open_bands(tmp_path/'a.tif', 5)
+
+@pytest.mark.parametrize('name', [
+    'segformer_swin_tiny_patch4_window7_224', 'segformer_hrnet_w18_small', 'ltf_efficientnet_lite0',
+    'linear_vit_tiny_patch16_224', 'setr_vit_tiny_patch16_224', 'segmenter_vit_tiny_patch16_224',
+    'deeplabv3plus_resnet18', 'maskformer_mit_b0'])
+def test_every_kind_of_backbone_takes_them(bands, name):
+    "A step of training on five channels"
+    dls = sparse_dataloaders(folder(bands), 'dense', 64, 4, device='cpu')
+    options = dict(decoder_dim=64, n_queries=4, n_layers=1) if 'maskformer' in name else {}
+    method = 'maskformer' if 'maskformer' in name else 'sasformer' if '_vit' in name else 'tel'
+    learn = sparse_learner(dls, name, method, precision='fp32', **options)
+    before = [p.clone() for p in learn.model.backbone.parameters()][:1]
+    with learn.no_bar(), learn.no_logging(): learn.fit_poly(epochs=1)
+    first = next(iter(learn.model.backbone.parameters()))
+    assert learn.model.config['in_chans'] == 5 and np.isfinite(learn.recorder.losses[-1].item())
+    assert not torch.equal(first, before[0])
+
 def test_what_says_nothing_is_refused(tmp_path):
     a = np.random.default_rng(0).normal(size=(4, 5, 6)).astype(np.float32)
     a[0, 0, 0] = np.nan

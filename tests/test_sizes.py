@@ -77,7 +77,9 @@ SMALL_SWIN = dict(depths=(1, 1, 1, 1), embed_dim=16, num_heads=(1, 1, 2, 2))
     ('swin_tiny_patch4_window7_224', SMALL_SWIN), ('swinv2_tiny_window8_256', SMALL_SWIN),
     ('swinv2_cr_tiny_ns_224', SMALL_SWIN), ('pvt_v2_b0', {}), ('edgenext_xx_small', {}), ('efficientvit_b0', {}),
     ('mobilevitv2_050', {}), ('csatv2', {}), ('lambda_resnet26t', {}), ('test_convnext', {}),
-    ('test_efficientnet', {}), ('test_resnet', {}), ('test_vit', {})])
+    ('test_efficientnet', {}), ('test_resnet', {}), ('test_vit', {}), ('hrnet_w18_small', {}), ('dla46_c', {}),
+    ('tresnet_m', {}), ('samvit_base_patch16', dict(depth=2, global_attn_indexes=(1,), embed_dim=48, num_heads=2,
+                                                    out_indices=(0, 1)))])
 def test_backbones_of_any_size(name, kw):
     "Smaller and larger than they were trained with, odd, not square: gradients reach all"
     model = create_segmenter(f'segformer_{name}', 3, decoder_dim=8, **kw).eval()
@@ -90,11 +92,17 @@ def test_backbones_of_any_size(name, kw):
 
 BOUND = '''beit_base_patch16_224 botnet26t_256 cait_xxs24_224 coat_tiny convit_tiny efficientformer_l1
 efficientformerv2_s0 gcvit_xxtiny hiera_tiny_224 levit_128s maxvit_rmlp_pico_rw_256 coatnet_pico_rw_224 mvitv2_tiny
-nest_tiny pit_ti_224 volo_d1_224'''.split()
+nest_tiny pit_ti_224 volo_d1_224 gmlp_ti16_224 tnt_s_patch16_224 visformer_tiny
+vit_relpos_small_patch16_224 vitamin_small_224'''.split()
 
 @pytest.mark.parametrize('name', BOUND)
 def test_backbones_of_one_size_are_refused(name):
     with pytest.raises(ValueError, match=f"segformer_{name}: timm's {name} works at one image size only"):
+        create_segmenter(f'segformer_{name}', 3)
+
+@pytest.mark.parametrize('name', ['inception_v3', 'inception_v4', 'inception_resnet_v2'])
+def test_backbones_without_padding_are_refused(name):
+    with pytest.raises(ValueError, match=f"segformer_{name}: {name} convolves without padding"):
         create_segmenter(f'segformer_{name}', 3)
 
 def test_every_refused_family_is_tested():
