@@ -394,6 +394,43 @@ def test_labels_that_come_late(screen):
     assert screen.colour('labels', 60, 40)[3] == screen.colour('labels', 60, 60)[3] == 255
 
 
+def test_a_stroke_stays_with_its_photograph(screen):
+    "Where saving fails while another is asked for, this one stays open; a line in hand is saved before the next opens"
+    page, refused = screen.page, []
+    page.route('**/strokes', lambda route: refused.append(route))
+    screen.press('2')
+    screen.drag((20, 20), (60, 30))
+    screen.press('PageDown')
+    screen.until('page.saver.busy', lambda: refused)
+    refused[0].fulfill(status=507, content_type='application/json', body='{"error": "no space left"}')
+    page.wait_for_selector('#trouble:not([hidden])')
+    assert page.evaluate('page.n') == 0 and 'no space left' in page.locator('#trouble-text').text_content()
+    page.unroute('**/strokes')
+    page.click('#trouble-again')
+    screen.saved(2)
+    screen.press('l')
+    for p in ((100, 20), (140, 60), (100, 90)): page.mouse.click(*screen.at(*p))
+    screen.press('PageDown')
+    screen.ready(1)
+    screen.saved(3)
+    assert (screen.file(0) == drawn(screen.sent[1:], (120, 160))).all() and not screen.maps.files[screen.maps.ids[1]].exists()
+
+
+def test_a_refused_stroke_is_dropped_alone(screen):
+    "A click beside the photograph is no stroke; of several that wait, the refused one goes"
+    page, (x, y) = screen.page, screen.at(80, -4)
+    page.mouse.click(x, y)
+    page.route('**/strokes', lambda route: route.fulfill(status=422, content_type='application/json',
+                                                         body='{"error": "is none"}'), times=1)
+    screen.press('2')
+    screen.drag((20, 20), (60, 30))
+    screen.drag((20, 60), (60, 70))
+    page.wait_for_selector('#trouble:not([hidden])')
+    page.click('#trouble-drop')
+    screen.saved(2)
+    assert (screen.file(0) == drawn(screen.sent[1:], (120, 160))).all()
+
+
 def test_turned_photograph_by_keyboard_alone(screen):
     page = screen.page
     page.locator('#list button', has_text='turned').focus()

@@ -164,9 +164,14 @@ export class Stage {
     const stroke = this.live
     this.live = null
     if (!stroke?.points.length) return
+    if (this.beside(stroke)) { this.layers.labels.draw(); return this.drawCursor() }
     this.pending.push(stroke)
     this.onStroke(stroke)
     this.drawCursor()
+  }
+  beside({points, width}) {   // no pixel of the photograph can be in it
+    return [this.photo.width, this.photo.height].some((n, k) =>
+      points.every(p => p[k] < -width/2) || points.every(p => p[k] > n-1+width/2))
   }
   drop() { this.live = null; this.layers.labels.draw(); this.drawCursor() }
   sketch({tool, cls, width, points}, from = 0) {
@@ -325,7 +330,7 @@ class Saver {
   constructor({askJson, onState, onTrouble, onIdle}) {
     Object.assign(this, {askJson, onState, onTrouble, onIdle, queue: [], stuck: null})
   }
-  add(path, body = {}) { this.queue.push({path, body}); this.run() }
+  add(path, body = {}) { this.queue.push({path: this.base+path, body}); this.run() }
   async run() {
     if (this.busy || this.stuck) return
     this.busy = true
@@ -333,7 +338,7 @@ class Saver {
       const {path, body} = this.queue[0]
       this.onState('Saving …')
       try {
-        this.state = {...this.state, ...await this.askJson(this.base+path, {...body, version: this.state.version})}
+        this.state = {...this.state, ...await this.askJson(path, {...body, version: this.state.version})}
         this.queue.shift()
         this.onState('Saved')
       } catch (e) { this.stuck = e; this.onState('Not saved'); this.onTrouble(e) }
@@ -347,12 +352,22 @@ class Saver {
     this.stuck = null
     await this.run()
   }
+  // The refused step alone: those behind it may be right
   async drop() {
-    this.queue = []
-    this.stuck = null
+    const [refused] = this.queue
     this.state = await this.askJson(this.base+'/photo')
+    if (this.queue[0] === refused) this.queue.shift()
+    this.stuck = null
     this.onState('Saved')
-    this.onIdle()
+    await this.run()
+  }
+  // Finish the stroke in hand and save all there is; can another photograph be opened then?
+  async settled(stage) {
+    for (;;) {
+      if (stage.live) stage.commit()
+      if (!this.busy) return !this.stuck
+      await new Promise(done => setTimeout(done, 20))
+    }
   }
 }
 
@@ -412,8 +427,7 @@ class Page {
   }
   async open(n) {
     if (n < 0 || n >= this.rows.length) return
-    if (this.saver.stuck) return this.trouble(this.saver.stuck.message, true)
-    while (this.saver.busy) await new Promise(done => setTimeout(done, 20))
+    if (!await this.saver.settled(this.stage)) return this.trouble(this.saver.stuck.message, true)
     this.trouble(null)
     this.rows[this.n]?.button.removeAttribute('aria-current')
     this.n = n
@@ -598,7 +612,7 @@ class Page {
     click('next', () => this.next().catch(e => this.trouble(e.message)))
     click('accept', () => this.accept()); click('train', () => this.train()); click('new-run', () => this.train(true))
     click('trouble-again', () => { this.trouble(null); this.saver.again() })
-    click('trouble-drop', () => { this.trouble(null); this.stage.pending = []; this.saver.drop().catch(e => this.trouble(e.message)) })
+    click('trouble-drop', () => { this.trouble(null); this.saver.drop().catch(e => this.trouble(e.message, true)) })
     click('show-keys', () => $('keys').showModal()); click('keys-close', () => $('keys').close())
     for (const id of ['photos', 'side']) click(`show-${id}`, e => {
       e.target.setAttribute('aria-expanded', $(id).classList.toggle('open'))
@@ -668,11 +682,11 @@ async function renderWidget({model, el}) {
   let n = 0
   const saver = new Saver({askJson, onState: text => said.textContent = text, onIdle: () => stage.refreshLabels(),
     onTrouble: e => trouble.replaceChildren(`${e.message} `, make('button', {textContent: 'Try again', onclick: () => { trouble.replaceChildren(); saver.again() }}),
-      make('button', {textContent: 'Drop it', onclick: () => { trouble.replaceChildren(); stage.pending = []; saver.drop() }}))})
+      make('button', {textContent: 'Drop it', onclick: () => { trouble.replaceChildren(); saver.drop() }}))})
   const stage = new Stage(stageBox, pictures(ask, () => n), {limits: set.limits, onStroke: s => saver.add('/strokes', s)})
   stage.palette = set.palette
   const open = async to => {
-    if (saver.busy || saver.stuck || !set.photos[to]) return
+    if (!set.photos[to] || !await saver.settled(stage)) return choice.value = n
     n = to
     choice.value = n
     saver.base = `/api/photos/${n}`
