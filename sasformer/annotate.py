@@ -11,7 +11,7 @@ __all__ = ['TOOLS', 'MAX_POINTS', 'MAX_WIDTH', 'MAX_WORK', 'COLOURS', 'METHODS',
 
 # %% ../nbs/70_annotate.ipynb #4802e1c1
 import argparse, csv, errno, io, json, math, os, re, secrets, shlex, socket, struct, subprocess, sys, threading, time
-import zlib
+import unicodedata, zlib
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +137,7 @@ def set_classes(
     file = next((root/o for o in ('codes.txt', 'classes.txt') if (root/o).is_file()), None)
     there = _class_names(root, file) if file else []
     if not there and not given: raise LayoutError(f"{root}: no classes yet; --classes names them, as in road,tree,sky")
-    names = list(given or there)
+    names = [unicodedata.normalize('NFC', n) for n in given or there]   # as they are read from a file
     wrong = next((n for n in names if not n.strip() or n != n.strip() or not n.isprintable()), None)
     if wrong is not None: raise ValueError(f"--classes: {wrong!r} is no name for a class")
     twice = next((n for n in names if names.count(n) > 1), None)
@@ -476,7 +476,8 @@ class Training:
 
     def run(self):
         "Folder of the newest run; None: there is none"
-        return max((self.maps.root/'runs').glob('[0-9][0-9][0-9]'), default=None)
+        runs = (self.maps.root/'runs').glob('[0-9][0-9][0-9]')
+        return max((r for r in runs if (r/'arguments.json').exists()), default=None)
 
     @property
     def running(self): return self.process is not None and self.process.poll() is None
@@ -530,7 +531,8 @@ def start(self:Training,
         if not new and self.goes_on(run):
             args = json.loads((run/'arguments.json').read_text(encoding='utf-8'))+['--resume', '--allow_changes']
         else:
-            run = self.maps.root/'runs'/f'{1+int(run.name) if run else 1:03}'
+            there = [int(r.name) for r in (self.maps.root/'runs').glob('[0-9][0-9][0-9]')]
+            run = self.maps.root/'runs'/f'{1+max(there, default=0):03}'
             args = self.arguments(method, steps, run)
             run.mkdir(parents=True)
             write_json(run/'arguments.json', args)
@@ -703,7 +705,9 @@ def rank(self:Predictor, busy):
     "Look at the photographs without labels while the machine is not `busy()`, in a thread of its own"
     def work():
         for id in self.maps.ids:
-            if busy(): return
+            if busy():
+                self.ranking = None   # the rest later
+                return
             if id in self.unsure or sum(self.maps.counts.get(id, ([],))[0]): continue
             try: self.look(id)
             except (OSError, ValueError): continue   # the page says so when the photograph is opened

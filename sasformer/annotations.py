@@ -297,7 +297,8 @@ def _pixels(xy, shape, outside, name):
     "The pixels (x, y) that contain the positions `xy`, after a check that they lie in the image"
     xy = np.floor(np.asarray(xy, float).reshape(-1, 2))
     if outside not in ('error', 'crop'): raise AnnotationError(f"outside={outside!r}: expected 'error' or 'crop'")
-    if not np.isfinite(xy).all(): raise AnnotationError(f'{name}: expected positions in pixels, found {xy.tolist()}')
+    if not (np.abs(xy) < 1e6).all():   # NaN too
+        raise AnnotationError(f'{name}: expected positions in pixels, found {xy[~(np.abs(xy) < 1e6).all(1)][0].tolist()}')
     bad = ((xy < 0) | (xy >= (shape[1], shape[0]))).any(1)
     if outside == 'error' and bad.any():
         x, y = xy[bad][0].astype(int)
@@ -553,7 +554,7 @@ def image_seed(
     name:str,  # Image id
 )->int:        # Seed of this image, 64 bits
     "A seed that depends on nothing but its arguments: not on the machine, the process or the order of the images"
-    return int.from_bytes(hashlib.sha256(f'{int(seed)}:{name}'.encode()).digest()[:8], 'big')
+    return int.from_bytes(hashlib.sha256(f'{int(seed)}:{name}'.encode('utf-8', 'surrogateescape')).digest()[:8], 'big')
 
 # %% ../nbs/00_annotations.ipynb #8d2f02bc
 def image_tags(

@@ -353,7 +353,8 @@ def pixels(
     x = np.asarray(image)
     if x.ndim != 3 or x.shape[2] != n or (x.dtype != np.uint8 if n == 3 else x.dtype.kind not in 'uif'):
         raise ValueError(f"expected {'a uint8' if n == 3 else 'an'} array (H, W, {n}), got {x.dtype} {x.shape}")
-    return x if n == 3 else x.astype(np.float32, copy=False)
+    # PyTorch takes no views that run backwards, as of OpenCV's images[..., ::-1]
+    return np.ascontiguousarray(x, None if n == 3 else np.float32)
 
 def colours_of(
     x:torch.Tensor,  # From `normalise`, (B, C, H, W)

@@ -101,13 +101,15 @@ def _tiff_bands(path, read):
         a = series[0].asarray() if read else np.broadcast_to(np.zeros((), series[0].dtype), series[0].shape)
         return _as_bands(a, series[0].axes)
 
+def _on_its_side(im): return im.getexif().get(0x0112, 1) in (5, 6, 7, 8)   # orientations that swap height and width
+
 def _pillow_bands(path, read):
     with opened(path) as im:
         if im.mode in ('P', 'PA', '1'): raise AnnotationError(f"has indexed colours (mode {im.mode}), no channels")
-        n, turned_ = len(im.getbands()), im.getexif().get(0x0112, 1)
-        if not read: return np.broadcast_to(np.uint8(0), (*(im.size if turned_ > 4 else im.size[::-1]), n))
+        n, shape = len(im.getbands()), im.size if _on_its_side(im) else im.size[::-1]
+        if not read: return np.broadcast_to(np.uint8(0), (*shape, n))
         if _colour16(im): return _sixteen_bits(im, path)
-        return np.asarray(ImageOps.exif_transpose(im)).reshape(*(im.size if turned_ > 4 else im.size[::-1]), n)
+        return np.asarray(ImageOps.exif_transpose(im)).reshape(*shape, n)
 
 # %% ../nbs/01_datasets.ipynb #bands003
 def _bands(path, channels, read):
@@ -242,7 +244,7 @@ def shape(self:Source,
         with opened(x) as im:
             # Pillow turns a TIFF itself, when it reads the pixels
             if im.format == 'TIFF' and im.getexif().get(0x0112, 1) > 1: im.load()
-            return im.size if im.getexif().get(0x0112, 1) > 4 else im.size[::-1]
+            return im.size if _on_its_side(im) else im.size[::-1]
     except FileNotFoundError: raise LayoutError(f"{x}: no such image") from None
 
 # %% ../nbs/01_datasets.ipynb #bands005
@@ -515,16 +517,17 @@ def write_tags(
     src:Source,         # Its tags are written
     path,               # CSV file, replaced in one step
     split:str='all',    # One of its splits, or 'all'
-):
+)->list:                # Images without a tag, which are left out
     "Tags of a data set as a CSV file that `read_tags` and `folder` read"
     ids = [i for k,v in src.splits.items() if split in (k, 'all') for i in v]
     joined = not any(c in name for name in src.classes for c in ';|')
     named = {i: [src.classes[c] for c in src.tags(i)] for i in ids}
-    if joined: rows = [(i, ';'.join(names)) for i,names in named.items()]
+    if joined: rows = [(i, ';'.join(names)) for i,names in named.items() if names]
     else:
         rows = [(i, n) for i,names in named.items() for n in names]   # a name with ; in it cannot stand beside another
     with replacing(path) as tmp, open(tmp, 'w', encoding='utf-8', newline='') as f:
         csv.writer(f, lineterminator='\n').writerows([('image', 'tags'), *rows])
+    return [i for i, names in named.items() if not names]
 
 # %% ../nbs/01_datasets.ipynb #range001
 @patch

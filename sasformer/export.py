@@ -10,7 +10,9 @@ import argparse, json, logging, warnings
 from pathlib import Path
 import numpy as np, torch, torch.nn as nn, torch.nn.functional as F
 from .annotations import replacing
+from .data import denormalise, statistics_of
 from .programs import program
+from .segmenters import evaluating
 
 # %% ../nbs/36_export.ipynb #6dae6974
 class PhotographModel(nn.Module):
@@ -20,7 +22,9 @@ class PhotographModel(nn.Module):
     ):
         super().__init__()
         self.model = model
-        for name in ('mean', 'std'): self.register_buffer(name, 255*torch.tensor(getattr(model, name))[:,None,None])
+        device = next(model.parameters()).device
+        for name, of in zip(('mean', 'std'), statistics_of(model)):
+            self.register_buffer(name, 255*torch.tensor(of, device=device)[:,None,None])
 
     def forward(self,
         image:torch.Tensor,  # RGB of 0 to 255, (B, 3, H, W), float32; or the channels that the model takes
@@ -41,27 +45,27 @@ def export_onnx(
     except ImportError as e: raise ImportError(f"{e.name} is needed for ONNX: pip install sasformer[onnx]") from None
     path, device = Path(path), next(model.parameters()).device
     shapes = dict(image={axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)})
-    photographs, was = PhotographModel(model).eval(), model.training
+    photographs = PhotographModel(model)
     side = 64 if model.multiple == 1 else 5*model.multiple
     example = torch.zeros(2, len(photographs.mean), side, side+max(32, model.multiple), device=device)
     level = logging.getLogger('torch.onnx').level
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), evaluating(photographs, inference=False):
             warnings.simplefilter('ignore')
             done = torch.onnx.export(photographs, (example,), dynamo=True, opset_version=opset, verbose=False,
                                      input_names=['image'], output_names=['probabilities'], dynamic_shapes=shapes)
     except Exception as e:   # many kinds, each with pages of advice
         name = (model.config or {}).get('name', type(model).__name__)
         raise ValueError(f"{name} cannot be written as a graph: {' '.join(str(e.__cause__ or e).split())[:200]}") from e
-    finally:
-        model.train(was)
-        logging.getLogger('torch.onnx').setLevel(level)
+    finally: logging.getLogger('torch.onnx').setLevel(level)
     proto = done.model_proto
     classes = list(map(str, classes or getattr(model, 'classes', None) or []))
     palette = palette if palette is not None else getattr(model, 'palette', None)
     if palette is not None: palette = np.asarray(palette).tolist()
-    about = dict(classes=classes, palette=palette, config=model.config, shown=getattr(model, 'shown', None))
+    mean, std = statistics_of(model)
+    about = dict(classes=classes, palette=palette, config=model.config, shown=getattr(model, 'shown', None),
+                 mean=list(map(float, mean)), std=list(map(float, std)))
     proto.metadata_props.add(key='sasformer', value=json.dumps(about))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as tmp: onnx.save_model(proto, str(tmp), save_as_external_data=False)
@@ -89,14 +93,16 @@ class OnnxSegmenter(nn.Module):
         about = json.loads(about)
         self.classes, self.config, self.shown = about['classes'], about['config'], about.get('shown')
         n = (self.config or {}).get('in_chans', 3)
-        self.mean, self.std = (0.,)*n, (1/255,)*n   # it takes images as they are
+        # as the segmenter's, so that padding is of the mean colour; older files do not say them
+        self.mean, self.std = tuple(about.get('mean', (0.,)*n)), tuple(about.get('std', (1/255,)*n))
         self.palette = None if about['palette'] is None else np.uint8(about['palette'])
         self.nothing = nn.Parameter(torch.zeros(0), requires_grad=False)   # a model has a device: where its weights are
 
     def forward(self,
-        x:torch.Tensor,   # RGB of 0 to 255, (B, 3, H, W); or the channels that the model takes
+        x:torch.Tensor,   # Normalised images, (B, 3, H, W); or the channels that the model takes
     )->torch.Tensor:      # Logarithms of the probabilities, (B, C, H, W)
-        y, = self.session.run(None, dict(image=x.float().cpu().contiguous().numpy()))
+        photographs = denormalise(x.float().cpu(), (self.mean, self.std), 255)   # what the file takes
+        y, = self.session.run(None, dict(image=photographs.contiguous().numpy()))
         return torch.from_numpy(y).clamp_min(torch.finfo(torch.float32).tiny).log()
 
 # %% ../nbs/36_export.ipynb #expprog1

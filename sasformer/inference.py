@@ -11,6 +11,7 @@ import math, sys, numpy as np, torch, torch.nn.functional as F
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn, distributed as dist
@@ -51,7 +52,8 @@ def predict_logits(
 )->torch.Tensor:       # Scores (B, C, *size), float32
     "Scores of a batch in evaluation mode, resized (bilinear), as everywhere before the largest is taken"
     if device is not None: model.to(device)
-    x = x.to(next(model.parameters()).device, memory_format=torch.channels_last)
+    p = next(model.parameters())
+    x = x.to(p.device, p.dtype, memory_format=torch.channels_last)
     if window is not None:
         return _resize(_sliding(model, x, window, overlap, multiple=multiple, dtype=dtype), size or x.shape[-2:])
     h, w = x.shape[-2:]
@@ -76,7 +78,7 @@ def window_starts(
 
 def _bands(scores, shape, window, overlap):
     "Yield (first row, scores averaged where windows overlap) of rows as they are complete, until the next is asked for"
-    (h, w), (wh, ww), total = shape, (window, window) if isinstance(window, int) else window, None
+    (h, w), (wh, ww), total = shape, (window, window) if isinstance(window, Integral) else window, None
     if min(wh, ww) < 1: raise ValueError(f'window={window}: expected sides of at least 1 pixel')
     tops = window_starts(h, wh, overlap)
     for top, below in zip(tops, [*tops[1:], h]):

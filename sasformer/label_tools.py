@@ -19,6 +19,13 @@ from .annotations import (AnnotationError, PADDING, UNLABELLED, check_image_size
 from .datasets import IMAGE_SUFFIXES
 
 # %% ../nbs/05_label_tools.ipynb #510d8b72
+def _positions(values):
+    "(N, 2) of pairs, or of numbers in a row; a ValueError of anything else, as of points with a third number"
+    xy = np.asarray(values, float)
+    if xy.ndim < 2: xy = xy.reshape(-1, 2)
+    if xy.ndim != 2 or xy.shape[1] != 2: raise ValueError
+    return xy
+
 def polygon_mask(
     xy,          # Corners (x, y), (N, 2), in pixels from the top left corner of the image
     shape,       # (H, W)
@@ -26,7 +33,7 @@ def polygon_mask(
 )->np.ndarray:   # (H, W) bool
     "The pixels whose centres lie in a polygon; what is outside of the image is cut off"
     from skimage import draw
-    try: xy = np.asarray(xy, float).reshape(-1, 2)
+    try: xy = _positions(xy)
     except (TypeError, ValueError): xy = np.zeros((0, 2))
     if len(xy) < 3 or not np.isfinite(xy).all():
         raise AnnotationError(f"{name}: expected a polygon of at least 3 corners x, y")
@@ -50,8 +57,9 @@ def _unpacked(text):
 
 def _filled(counts, shape):
     "A (H, W) mask from run lengths along its rows, the first of zeros; a ValueError where they do not fit"
-    counts = np.array(counts, np.int64)
-    if counts.ndim != 1 or (counts < 0).any() or counts.sum() != math.prod(shape): raise ValueError
+    counts, n = np.array(counts, float), math.prod(shape)   # floats do not wrap round
+    if counts.ndim != 1 or (counts < 0).any() or (counts % 1).any() or counts.sum() != n: raise ValueError
+    counts = counts.astype(np.int64)
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(shape)
 
 def run_lengths(
@@ -134,7 +142,7 @@ def brush_mask(
 # %% ../nbs/05_label_tools.ipynb #drawtable
 def _xy(points, name):
     "Positions (N, 2), N ≥ 1"
-    try: xy = np.asarray(points, float).reshape(-1, 2)
+    try: xy = _positions(points)
     except (TypeError, ValueError): xy = np.zeros((0, 2))
     if not len(xy): raise AnnotationError(f"{name}: expected positions x, y, found {points!r:.80}")
     return xy
@@ -202,9 +210,13 @@ class ToolLabels:
         "(name, class id, shape of `DRAW`, its value); `kind` is the tool's"
         if kind not in self.kinds:
             raise AnnotationError(f"{name}: its kind is {kind!r}, expected {', '.join(self.kinds)}")
-        if label in self.classes: return name, self.classes.index(label), self.kinds[kind], value
-        raise AnnotationError(f"{name}: class {label!r} is none of the {len(self.classes)}: "
-                              f"{', '.join(self.classes[:30])}")
+        if label not in self.classes:
+            raise AnnotationError(f"{name}: class {label!r} is none of the {len(self.classes)}: "
+                                  f"{', '.join(self.classes[:30])}")
+        if (cls := self.classes.index(label)) >= PADDING:
+            raise AnnotationError(f"{name}: class {label!r} is number {cls+1} of {len(self.classes)}, a label map holds "
+                                  f"{PADDING}: --classes names those that are wanted")
+        return name, cls, self.kinds[kind], value
 
 # %% ../nbs/05_label_tools.ipynb #toolbase3
 @patch
@@ -370,7 +382,7 @@ def _value(self:LabelStudioFile, kind, value, r, name):
     if kind == 'brushlabels': return value['rle']
     try:
         size = np.array([r['original_width'], r['original_height']])/100
-        if kind == 'polygonlabels': return np.array(value['points'], float).reshape(-1, 2)*size
+        if kind == 'polygonlabels': return _positions(value['points'])*size
         if kind == 'keypointlabels': return np.array([value['x'], value['y']], float)*size
         x, y, w, h = np.array([value[k] for k in ('x', 'y', 'width', 'height')], float)*np.tile(size, 2)
         return _corners(x, y, x+w, y+h, value.get('rotation', 0), (x, y))
@@ -422,6 +434,8 @@ def write_cvat(
     root = XML.Element('annotations')
     XML.SubElement(root, 'version').text = '1.1'
     labels = XML.SubElement(XML.SubElement(XML.SubElement(root, 'meta'), 'task'), 'labels')
+    wrong = next((c for c in classes if not c.isprintable()), None)
+    if wrong is not None: raise AnnotationError(f"{file}: XML has no way to write the class name {wrong!r}")
     for c in classes: XML.SubElement(XML.SubElement(labels, 'label'), 'name').text = c
     for k, (name, label_map) in enumerate(labelled):
         h, w = map(str, label_map.shape)

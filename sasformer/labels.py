@@ -142,6 +142,7 @@ def convert_labels(
     overwrite:bool=False, # Replace files that are there
     form:str='png',       # png, or one of `WRITERS`: then one file, which needs `images` and `classes`
     classes=None,         # Names in the order of their ids
+    source:Path=None,     # File or folder that `label_map` reads: nothing in it is replaced
 )->list:                  # The files written
     "Write labels as palette PNGs, or as a file in which a tool can correct them"
     photos = None if images is None else _listing(images, 'images', recurse=True)
@@ -152,7 +153,8 @@ def convert_labels(
     size = Source('images', images, [], {}, photos, {}).shape if photos else lambda i: None
     name, write = WRITERS.get(form, (None, None))
     outs = [out/name] if name else [out/f'{i}.png' for i in ids]
-    free_to_write(outs, overwrite, (photos or {}).values())
+    read = [source, *source.rglob('*')] if source and any(f.exists() for f in outs) else []
+    free_to_write(outs, overwrite, [*(photos or {}).values(), *read])
     out.mkdir(parents=True, exist_ok=True)
     labelled = ((i, label_map(i, width, size(i))) for i in _bar(ids))
     if name: write(outs[0], ((photos[i].relative_to(images).as_posix(), m) for i, m in labelled), classes)
@@ -181,7 +183,7 @@ def count_labels(
     out.mkdir(parents=True, exist_ok=True)
     without = [', '.join(src.classes[c] for k, c in stats.missing if k == n) for n in range(len(ids))]
     per_image = stats.per_image.set_axis(ids).rename_axis('image').assign(**{'missing classes': without})
-    fig = stats.plot()
+    with plt.rc_context({'text.parse_math': False}): fig = stats.plot()   # a name may hold a $
     draw = lambda file: fig.savefig(file, format='png', bbox_inches='tight')
     for f, save in zip(files, (stats.per_class.to_csv, per_image.to_csv, draw)):
         with replacing(f) as tmp: save(tmp)
@@ -198,7 +200,7 @@ def _count_tags(src, annotation, split, out, overwrite):
     if not out: return stats
     import matplotlib.pyplot as plt
     out.mkdir(parents=True, exist_ok=True)
-    fig = stats.plot()
+    with plt.rc_context({'text.parse_math': False}): fig = stats.plot()   # a name may hold a $
     saves = (stats.per_class.to_csv, stats.together.to_csv, lambda t: write_tags(src, t, split),
              lambda t: fig.savefig(t, format='png', bbox_inches='tight'))
     for f, save in zip(files, saves):
@@ -359,7 +361,7 @@ def run_convert(o):
             raise ValueError(f"--ids {o.ids}: {len(lack)} of {len(wanted)} ids have no labels in {o.source}{such}")
         ids = list(dict.fromkeys(wanted))
     names = o.classes and _class_names(None, o.classes)
-    return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite, o.form, names)
+    return convert_labels(ids, read, o.out, o.images, o.width, o.overwrite, o.form, names, o.source)
 
 # %% ../nbs/63_labels.ipynb #642b350b
 def run_tags(o):
@@ -369,8 +371,9 @@ def run_tags(o):
         raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}, all")
     free_to_write([o.out], o.overwrite, source_files(src))
     o.out.parent.mkdir(parents=True, exist_ok=True)
-    write_tags(src, o.out, o.split)
-    return sum(len(v) for k, v in src.splits.items() if o.split in (k, 'all'))
+    without = write_tags(src, o.out, o.split)
+    lack = f"; {len(without)} have none and are left out, such as {without[0]}" if without else ''
+    return f"{sum(len(v) for k, v in src.splits.items() if o.split in (k, 'all'))-len(without)} images{lack}"
 
 def run_pseudo(o):
     "`sasformer_labels pseudo`"
@@ -396,7 +399,7 @@ def main(args=None):
     "Command line of `sasformer_labels`"
     p = labels_parser()
     o = p.parse_args(args)
-    if o.job == 'tags': return print(f"tags of {run_tags(o)} images written to {o.out}")
+    if o.job == 'tags': return print(f"tags written to {o.out}: {run_tags(o)}")
     if o.job != 'stats':
         done = dict(simulate=run_simulate, convert=run_convert, pseudo=run_pseudo)[o.job](o)
         return print(f"{len(done)} label maps written to {o.out}" if vars(o).get('form', 'png') == 'png'

@@ -277,7 +277,7 @@ def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
     (tmp_path/'masks').mkdir()
     (tmp_path/'masks/val').symlink_to(home/'masks/val')        # the training images have tags and nothing else
     labels.main(f'tags --data folder --path {home} --out {tmp_path}/tags.csv'.split())
-    assert 'tags of 12 images' in capsys.readouterr().out
+    assert '12 images' in capsys.readouterr().out
     src, masks = get_source('folder', tmp_path).check(read=True), folder(home)
     assert all(src.tags(i) == masks.tags(i) for i in src.images)
     labels.main(f'stats --data folder --path {tmp_path} --annotation tag --out {tmp_path}/counts'.split())

@@ -285,9 +285,9 @@ export class Stage {
 
   // The server has drawn all strokes that were sent: show its picture in place of the sketches
   async refreshLabels() {
-    const sent = this.pending.length
+    const sent = new Set(this.pending)
     await this.layers.labels.load({again: true})
-    this.pending.splice(0, sent)
+    this.pending = this.pending.filter(s => !sent.has(s))
     this.layers.labels.draw()
   }
   setLayer(name, on, opacity) {
