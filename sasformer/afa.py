@@ -155,7 +155,8 @@ def tag_maps(
     def hear(scale, seen):
         if scale != (walk_scale or max(scales)): return
         layers = [l._replace(q=l.q[:len(x)], k=l.k[:len(x)]) for l in tap.layers]   # without the mirror images
-        found[:] = attention_affinity(layers, heads.affinity), layers[0].q_size, seen
+        with torch.autocast(x.device.type, enabled=False): affinity = attention_affinity(layers, heads.affinity)
+        found[:] = affinity, layers[0].q_size, seen
     maps = class_activation_maps(model, heads.classify, x, scales, None if tap is None else hear)
     return TagMaps(maps, *(found or (None, None, None)))
 
@@ -225,7 +226,9 @@ def after_create(self:AFALoss):
     new = AFAHeads(self.bare.backbone.feature_info.channels()[-1], len(self.classes), n_maps, self.pooling)
     old = self.bare.auxiliary['afa'] if 'afa' in self.bare.auxiliary else None
     shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
-    if old is not None and shapes(old) == shapes(new): return   # another learner has begun to train them
+    if old is not None and shapes(old) == shapes(new):   # another learner has begun to train them
+        old.pooling = self.pooling
+        return
     self.bare.auxiliary['afa'] = new.to(next(self.bare.parameters()).device)
 
 # %% ../nbs/23_afa.ipynb #5e0a7b9c

@@ -297,8 +297,8 @@ def _pixels(xy, shape, outside, name):
     "The pixels (x, y) that contain the positions `xy`, after a check that they lie in the image"
     xy = np.floor(np.asarray(xy, float).reshape(-1, 2))
     if outside not in ('error', 'crop'): raise AnnotationError(f"outside={outside!r}: expected 'error' or 'crop'")
-    if not (np.abs(xy) < 1e6).all():   # NaN too
-        raise AnnotationError(f'{name}: expected positions in pixels, found {xy[~(np.abs(xy) < 1e6).all(1)][0].tolist()}')
+    if not (near := (np.abs(xy) < 1e6).all(1)).all():   # NaN is not
+        raise AnnotationError(f'{name}: expected positions in pixels, found {xy[~near][0].tolist()}')
     bad = ((xy < 0) | (xy >= (shape[1], shape[0]))).any(1)
     if outside == 'error' and bad.any():
         x, y = xy[bad][0].astype(int)

@@ -214,8 +214,8 @@ class ToolLabels:
             raise AnnotationError(f"{name}: class {label!r} is none of the {len(self.classes)}: "
                                   f"{', '.join(self.classes[:30])}")
         if (cls := self.classes.index(label)) >= PADDING:
-            raise AnnotationError(f"{name}: class {label!r} is number {cls+1} of {len(self.classes)}, a label map holds "
-                                  f"{PADDING}: --classes names those that are wanted")
+            raise AnnotationError(f"{name}: class {label!r} is number {cls+1} of {len(self.classes)}, a label map "
+                                  f"holds {PADDING}: --classes names those that are wanted")
         return name, cls, self.kinds[kind], value
 
 # %% ../nbs/05_label_tools.ipynb #toolbase3

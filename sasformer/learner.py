@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'focal_loss', 'dice_loss', 'labelled_loss',
            'PlainTensors', 'PadBatch', 'Autocast', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock',
-           'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'Distributed', 'PixelLoss', 'poly_schedule',
-           'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged', 'UseSampleOrder', 'check_batch',
-           'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder',
-           'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
+           'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed', 'PixelLoss',
+           'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged', 'UseSampleOrder',
+           'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from',
+           'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -23,7 +23,7 @@ from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
                                ProgressCallback, GradientClip, ChannelsLast, MixedPrecision, CancelValidException,
                                CancelEpochException, mk_metric, rank_distrib)
-from timm.layers import convert_sync_batchnorm
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
 from .data import ToModel, global_sum, normalise, pixels, statistics_of
@@ -114,7 +114,8 @@ def focal_loss(
     "Weighted mean of (1-p)^γ · (-log p)"
     logp = scores.log_softmax(1).gather(1, ids[:,None])[:,0]
     w = weights[ids]
-    return times*(-w*(1-logp.exp()).pow(gamma)*logp).sum()/total(w.sum()).clamp_min(torch.finfo(w.dtype).tiny)
+    doubt = (1-logp.exp()).clamp_min(torch.finfo(logp.dtype).eps)   # at 0 the slope of a root is infinite
+    return times*(-w*doubt.pow(gamma)*logp).sum()/total(w.sum()).clamp_min(torch.finfo(w.dtype).tiny)
 
 def dice_loss(
     scores:Tensor,       # Of the labelled pixels, (n, C)
@@ -211,6 +212,8 @@ class SeedEpoch(Callback):
         torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
 
 # %% ../nbs/31_learner.ipynb #1d225bb4
+def _in_fit(cb): return getattr(cb.learn, 'fitting', True)   # or where fastai only validates: it sends the same events
+
 class ValidateEvery(Callback):
     "Validates every `n`-th epoch and the last"
     order = 55   # after the recorder, before the progress bar
@@ -219,7 +222,8 @@ class ValidateEvery(Callback):
     def before_validate(self):
         skip, self.skip = self.skip, False   # `validate` and `get_preds` outside of a fit are never skipped
         if not skip: return
-        self.recorder.log += [None]*(1+len(self.learn.metrics))   # or the time would stand in the column of the loss
+        # or the time would stand in the column of the loss; no number is better or worse than these
+        self.recorder.log += [math.nan]*(1+len(self.learn.metrics))
         raise CancelValidException
 
 # %% ../nbs/31_learner.ipynb #9aa101a1
@@ -233,6 +237,7 @@ class EpochLines(Callback):
     order = 60
     def __init__(self, every:float=8.): self.every = every   # Seconds
     def before_fit(self):
+        if not _in_fit(self): return
         self.old, self.learn.logger = self.learn.logger, self.line
         self.began = self.said = time.time()
         self.first = None   # share of the training that an earlier process has done
@@ -243,16 +248,17 @@ class EpochLines(Callback):
         if is_first(): print(text, flush=True)
         self.said = time.time()
     def line(self, log):
-        named = [(n, v) for n,v in zip(self.recorder.metric_names[1:], list(log)[1:]) if v is not None]
+        named = [(n, v) for n,v in zip(self.recorder.metric_names[1:], list(log)[1:]) if v == v]
         values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n, v in named)
         self.say(f"epoch {log[0]+1}/{self.n_epoch}  {values}{self.left()}")
     def before_batch(self):
-        if self.first is None: self.first = self.pct_train
+        if _in_fit(self) and self.first is None: self.first = self.pct_train
     def after_batch(self):
-        if time.time()-self.said < self.every: return
+        if not _in_fit(self) or time.time()-self.said < self.every: return
         what = 'step' if self.training else 'validation'
         self.say(f"  {what} {self.iter+1}/{self.n_iter} of epoch {self.epoch+1}/{self.n_epoch}{self.left()}")
-    def after_fit(self): self.learn.logger = self.old
+    def after_fit(self):
+        if _in_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
 # %% ../nbs/31_learner.ipynb #valscale1
@@ -284,6 +290,12 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         y = (xf-mean.view(shape))*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
         return y.to(x.dtype)
 
+class CPUSyncBatchNormAct(BatchNormAct2d):
+    "The same with the activation that timm's norm has in it"
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()): return super().forward(x)
+        return self.act(self.drop(CPUSyncBatchNorm.forward(self, x)))
+
 # %% ../nbs/31_learner.ipynb #159d867a
 class Distributed(Callback):
     "Trains with `DistributedDataParallel` where there are several processes; validation uses the bare model"
@@ -299,6 +311,7 @@ class Distributed(Callback):
         else:
             for m in self.bare.modules():
                 if type(m) is nn.BatchNorm2d: m.__class__ = CPUSyncBatchNorm
+                if type(m) is BatchNormAct2d: m.__class__ = CPUSyncBatchNormAct
         self.ddp = DistributedDataParallel(self.bare, broadcast_buffers=False,
                                            device_ids=[device.index] if device.type == 'cuda' else None)
     def before_train(self): self.learn.model = self.ddp
@@ -353,6 +366,9 @@ def parameter_groups(
 )->L:                 # Lists of parameters: backbone; its biases, norms, embeddings; decoder, auxiliary heads; theirs
     "Parameters by part, and by whether they are matrices of weights"
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    # timm's are bare parameters, and so are the tokens of Segmenter's mask transformer
+    bare = re.compile(r'(pos|position|cls|dist|reg)_(embed|token|bias)|tokens|relative_position_bias_table')
+    embeddings |= {id(p) for n, p in model.named_parameters() if bare.search(n.rpartition('.')[2])}
     is_matrix = lambda p: p.ndim > 1 and id(p) not in embeddings
     return L(L(p for p in part.parameters() if p.requires_grad and is_matrix(p) == matrix)
              for part in (model.backbone, nn.ModuleList([model.decoder, model.auxiliary])) for matrix in (True, False))
@@ -362,17 +378,20 @@ OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch
 # %% ../nbs/31_learner.ipynb #94fb1564
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
-    first_epoch, precision = 0, None
+    first_epoch, precision, fitting = 0, None, False
     @property
     def metrics(self): return self._metrics
     @metrics.setter
     def metrics(self, v):
         self._metrics = L(mk_metric(m) for m in L(v)).map(lambda m: m if hasattr(m, 'group') else OfLabelledPixels(m))
     def fit(self, *args, **kwargs):
+        self.fitting = True   # `validate` and `get_preds` too send callbacks `before_fit` and `after_epoch`
         try: return super().fit(*args, **kwargs)
         except BaseException:   # fastai calls no callback then; no hook or open context may outlive an interrupted fit
             for cb in self.cbs: getattr(cb, 'release', noop)()
             raise
+        finally: self.fitting = False
+    def freeze(self): self.freeze_to(2)   # the backbone's two groups of parameters; the other two are the decoder's
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
@@ -510,6 +529,12 @@ def sparse_learner(
     machine = this_machine(dls.device or 'cpu', precision)
     if isinstance(method, str): method = [cb for m in parse_method(method).values() for cb in m.callbacks()]
     order = _sample_order([*L(method), *L(cbs)])
+    instead = next((type(cb).__name__ for cb in [*L(method), *L(cbs)] if getattr(cb, 'labelled_weight', 1) == 0), None)
+    options = dict(loss=loss, class_weights=class_weights, loss_at=loss_at)
+    ignored = next((k for k, v in options.items() if v is not None), None)
+    if instead and ignored:
+        raise ValueError(f"{ignored} is of the labelled pixels' loss, and {instead} takes the place of that: "
+                         "leave it out")
     src = dls.train.dataset.src
     if class_weights is not None and len(class_weights) != len(src.classes):
         raise ValueError(f"class_weights: {len(class_weights)} numbers, expected one for each of the "
@@ -585,7 +610,7 @@ def save_segmenter(
     palette=None,        # (C, 3) colours
 ):
     "Weights and what rebuilds their model, each file replaced in one step; of auxiliary heads those that say `saved`"
-    folder = Path(folder)
+    folder, model = Path(folder), getattr(model, '_orig_mod', model)   # without the wrapper of `torch.compile`
     heads = tuple(f'auxiliary.{k}.' for k, v in model.auxiliary.items() if getattr(v, 'saved', False))
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder/f'{name}.safetensors') as tmp:
@@ -681,6 +706,7 @@ class RunFolder(Callback):
         self.rows, self.best, self.iou = [], -1., None
 
     def before_fit(self):
+        if not _in_fit(self): return
         state = check_run(self.folder, self.settings, self.resume)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first():
@@ -781,10 +807,11 @@ def _restore(self:RunFolder, s):
 # %% ../nbs/31_learner.ipynb #77d22f19
 @patch
 def after_epoch(self:RunFolder):
+    if not _in_fit(self): return
     # without epoch, smoothed loss, time
     values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))
     row = dict(epoch=self.epoch+1, train_loss=torch.stack(self.learn.stop_where_diverged.losses).mean().item(),
-               **{k: float(v) for k, v in values.items() if v is not None})
+               **{k: float(v) for k, v in values.items() if v == v})
     for cb in self.learn.cbs: row.update(getattr(cb, 'epoch_values', {}))
     now = time.time()
     row.update(lr=float(self.recorder.lrs[-1]), seconds=now-self._since)
@@ -823,6 +850,7 @@ def release(self:RunFolder):
 
 @patch
 def after_fit(self:RunFolder):
+    if not _in_fit(self): return
     self.learn.first_epoch = 0
     try: self._finish()
     finally: self.release()

@@ -161,7 +161,8 @@ def bench_step(o)->dict:
         r['images_per_second'] = 1e3*o.batch/r['ms']
         r['share_of_peak'] = flops/(r['ms']/1e3)/peak
         r['peak_mb'] = _step_memory(o, step, name, batch)
-    for r in result.values(): r['memory_ratio'] = r['peak_mb']/result['bare']['peak_mb']
+    base = next(iter(result.values()))['peak_mb']
+    for r in result.values(): r['memory_ratio'] = r['peak_mb']/base
     return dict(rows=result, data_ms=1e3*float(np.median(data)), flops=flops, matmul_peak=peak)
 
 # %% ../nbs/33_measure.ipynb #e3edf21f
@@ -354,8 +355,13 @@ def scipy_filter(features, x, sigma=1.):
     return (y[:,:-1]/y[:,-1:]).T.reshape(x.shape)
 
 # %% ../nbs/33_measure.ipynb #05bcc51a
+def _on_the_cpu(o):
+    if torch.device(o.device).type != 'cpu':
+        raise ValueError(f"--device {o.device}: this is measured on the CPU; make gpu-check measures a GPU")
+
 def bench_tree(o)->dict:
     "The tree energy loss, its SciPy and NumPy counterpart, and a training step"
+    _on_the_cpu(o)
     from sasformer.tel import tree_energy
     torch.manual_seed(0)
     if o.memory_of == 'step': return _memory_of(argparse.Namespace(**{**vars(o), 'memory_of': 'bare'}))
@@ -444,7 +450,9 @@ def whole(self:AFAStep):
 
 # %% ../nbs/33_measure.ipynb #benchafa3
 def bench_afa(o)->dict:
-    "A step of AFA's last stage, the bare segmenter's, and AFA's parts"
+    "A step of AFA's last stage, the bare segmenter's, and AFA's parts, in float32"
+    _on_the_cpu(o)
+    o.precision = 'fp32'
     step = AFAStep(o)
     m = step.maps()
     walked = step.walk(m)

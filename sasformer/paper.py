@@ -563,7 +563,8 @@ def result_table(
         if not len(d): continue
         spread = round(d.miou.max()-d.miou.min(), 1) if len(d) > 1 else None
         rows[v] = dict(seeds=len(d), mIoU=round(d.miou.mean(), 1), spread=spread)
-        if classes: rows[v].update({c: round(100*np.nanmean([i[c] for i in d.iou]), 1) for c in d.iou.iloc[0]})
+        iou = lambda c: np.nanmean([np.nan if i[c] is None else i[c] for i in d.iou])
+        if classes: rows[v].update({c: round(100*iou(c), 1) for c in d.iou.iloc[0]})
     return pd.DataFrame(rows).T
 
 # %% ../nbs/65_paper.ipynb #fe499f10
@@ -656,7 +657,8 @@ def draw_sheet(
     src = recipes[0].source()
     annotation = next((r.annotation for r in recipes if r.annotation != 'dense'), 'dense')
     ids = src.splits['val']
-    fig = compare_sheet(models, src, annotation, [ids[i] for i in np.linspace(0, len(ids)-1, images).astype(int)])
+    shown = [ids[i] for i in np.linspace(0, len(ids)-1, images).astype(int)]
+    fig = compare_sheet(models, src, annotation, shown, scales=(recipes[0].val_scale,))
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 

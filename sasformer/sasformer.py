@@ -235,12 +235,18 @@ def before_batch(self:SASFormerLoss):
     if self.weight_now > 0: self.tap.on()
 
 @patch
+def after_pred(self:SASFormerLoss):
+    "Takes what the prediction left: another method may run the model again before the loss"
+    self._blocks = self.tap.blocks
+    self.tap.off().clear()
+
+@patch
 def terms(self:SASFormerLoss):
-    blocks = self.tap.blocks
-    self.tap.clear()   # so that the backward pass can free queries and keys as it goes
+    blocks, self._blocks = self._blocks, None   # so that the backward pass can free queries and keys as it goes
     by_block = affinity_loss(blocks, self.logits, self.label_map, self.form)
     return {f'aff{b}': term for b, term in by_block.items()}
 
 @patch
 def leave(self:SASFormerLoss):
+    self._blocks = None
     if self.tap is not None: self.tap.off().clear()

@@ -160,7 +160,7 @@ def similarity_loss(
     n = global_sum(torch.stack([same.sum(), (counted & ~same).sum()]).float())
     net.counts.copy_(torch.cat([n[None], net.counts[:-1]]))
     total = net.counts.sum(0)
-    positive, negative = (total.flip(0)/total.sum()).to(logit.dtype)
+    positive, negative = (total.flip(0)/total.sum().clamp_min(1)).to(logit.dtype)
     loss = -positive*F.logsigmoid(logit)*same-negative*F.logsigmoid(-logit)*(counted & ~same)
     return loss.sum()*n_processes()/n.sum().clamp_min(1).to(logit.dtype)
 
@@ -276,8 +276,10 @@ def after_create(self:SimFormerLoss):
     if self.auxiliary is None: return
     network = next(m for m in self.model.modules() if isinstance(m, ProposalNetwork))
     channels, at = network.pixels.embed.out_channels, next(network.parameters()).device
-    if self.auxiliary in self.model.auxiliary: return   # another learner has begun to train it
     net = SimilarityNetwork(channels, self.width, self.blocks, self.memory)
+    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
+    old = self.model.auxiliary[self.auxiliary] if self.auxiliary in self.model.auxiliary else None
+    if old is not None and shapes(old) == shapes(net): return   # another learner has begun to train it
     self.model.auxiliary[self.auxiliary] = net.to(at)
 
 @patch

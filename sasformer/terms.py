@@ -25,7 +25,8 @@ def check_labels(
 # %% ../nbs/19_terms.ipynb #8d9696a7
 class LossTerm(Callback):
     "Adds weight · (sum of terms) to the loss of a `Learner`, and keeps the terms' means by epoch"
-    order, run_valid = 9, False   # before `Autocast` (10) leaves its context
+    # before `GradientAccumulation` (6) takes a share of the loss, and `Autocast` (10) leaves its context
+    order, run_valid = 5, False
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
     sample_order = None    # A method that needs its own defines `sample_order(self, dataset)`: the indices of an epoch
     auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train
@@ -131,7 +132,7 @@ def before_fit(self:LossTerm):
     if self.sample_order is not None and getattr(self.dls.train, 'order', None) != self.sample_order:
         raise RuntimeError(f"{type(self).__name__} needs the samples in an order of its own: "
                            "give it to `sparse_learner`, not to `fit`")
-    self.epochs = []
+    if getattr(self.learn, 'fitting', True): self.epochs = []   # not where fastai only validates
 
 @patch
 def before_train(self:LossTerm): self._sums, self._steps = {}, 0

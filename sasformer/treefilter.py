@@ -24,6 +24,7 @@ def compiled(f):
 def each_image(kernel, *tensors):
     "Runs `kernel` on the arrays of each image of a batch"
     arrays = [t.detach().numpy() for t in tensors]
+    if len(sizes := {len(a) for a in arrays}) > 1: raise ValueError(f"batches of {sizes}: expected as many of each")
     n = min(torch.get_num_threads(), len(arrays[0]))
     if n < 2: return [kernel(*o) for o in zip(*arrays)]
     with ThreadPoolExecutor(n) as pool: return list(pool.map(kernel, *arrays))

@@ -413,7 +413,8 @@ def test_a_stroke_stays_with_its_photograph(screen):
     screen.press('PageDown')
     screen.ready(1)
     screen.saved(3)
-    assert (screen.file(0) == drawn(screen.sent[1:], (120, 160))).all() and not screen.maps.files[screen.maps.ids[1]].exists()
+    assert (screen.file(0) == drawn(screen.sent[1:], (120, 160))).all()
+    assert not screen.maps.files[screen.maps.ids[1]].exists()
 
 
 def test_a_refused_stroke_is_dropped_alone(screen):

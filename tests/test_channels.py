@@ -127,7 +127,8 @@ def test_packed_files(tmp_path, how, monkeypatch):
     assert np.array_equal(open_bands(tmp_path/'a.tif', 5), a)
     def missing(self): raise ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package")
     monkeypatch.setattr(tifffile.TiffPageSeries, 'asarray', missing)
-    with pytest.raises(OSError, match=r'a.tif: .*LZW.*pip install "sasformer\[tiff\]"$'): open_bands(tmp_path/'a.tif', 5)
+    with pytest.raises(OSError, match=r'a.tif: .*LZW.*pip install "sasformer\[tiff\]"$'):
+        open_bands(tmp_path/'a.tif', 5)
 
 @pytest.mark.parametrize('name', [
     'segformer_swin_tiny_patch4_window7_224', 'segformer_hrnet_w18_small', 'ltf_efficientnet_lite0',

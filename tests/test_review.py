@@ -1,14 +1,24 @@
 "Faults that readers of the source found: each with the input that showed it"
-import json, subprocess, sys
-import numpy as np, pytest, torch
+import contextlib, io, json, subprocess, sys, warnings
+from types import SimpleNamespace
+import numpy as np, pandas as pd, pytest, torch
+from fastai.callback.core import Callback
 from PIL import Image
-from sasformer import downloads, labels
+import sasformer.sasformer as sf
+from sasformer import downloads, labels, measure
 from sasformer.annotate import LabelSet, Training, set_classes, set_folder
 from sasformer.annotations import AnnotationError, draw_lines, image_seed, read_label_map, write_label_map
-from sasformer.datasets import LayoutError, Source, folder, open_bands, write_tags
+from sasformer.data import sparse_dataloaders
+from sasformer.datasets import LayoutError, Source, folder, open_bands, scenes, write_tags
 from sasformer.inference import predict_image
 from sasformer.label_tools import box_mask, polygon_mask, run_mask
+from sasformer.learner import focal_loss, load_segmenter, parameter_groups, save_segmenter, sparse_learner
+from sasformer.paper import result_table
+from sasformer.recipes import recipe
 from sasformer.segmenters import create_segmenter
+from sasformer.simformer import SimilarityNetwork, similarity_loss
+from sasformer.train import example_sheet
+from sasformer.treefilter import each_image
 
 @pytest.fixture(scope='module')
 def model(): return create_segmenter('segformer_test_resnet', 3, decoder_dim=16).eval()
@@ -125,3 +135,122 @@ def test_a_server_that_does_not_say_how_long_the_whole_is(monkeypatch, length, w
         status, headers = 206, {'Content-Range': 'bytes 5-14/*'} | ({'Content-Length': length} if length else {})
     monkeypatch.setattr(downloads.urllib.request, 'urlopen', lambda *a, **kw: Answer())
     assert downloads._request('http://x', 5, 'tag', 1)[1:] == (5, whole)
+
+
+# Of training
+
+def learner(annotation='scribble', method='baseline', n=8, bs=4, model='segformer_mit_b0', size=64, cbs=None, **kw):
+    src = scenes(n_train=n, n_val=2, size=size)
+    if model == 'segformer_mit_b0': kw = dict(last_stride=1, decoder_dim=32) | kw
+    dls = sparse_dataloaders(src, annotation, size, bs, device='cpu')
+    return sparse_learner(dls, model, method, precision='fp32', cbs=cbs, **kw)
+
+def quietly(f, *args, **kw):
+    with contextlib.redirect_stdout(io.StringIO()) as out: f(*args, **kw)
+    return out.getvalue()
+
+@pytest.mark.parametrize('methods', ['afa+sasformer', 'sasformer+afa'])
+def test_a_method_that_runs_the_model_again(methods):
+    "The attention of the affinity loss is the prediction's, in either order"
+    seen, original = [], sf.affinity_loss
+    def look(blocks, logits, *args):
+        seen.append([l.q.shape[0] for b in blocks.values() for l in b])
+        return original(blocks, logits, *args)
+    both = '+'.join(m if m == 'sasformer' else 'afa:labels_from=0,propagated_from=0,freeze_norms=false'
+                    for m in methods.split('+'))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sf, 'affinity_loss', look)
+        quietly(learner('tag', both).fit, 1)
+    assert seen and all(n == 4 for images in seen for n in images)
+
+def test_accumulated_gradients_are_of_the_whole_loss():
+    from fastai.callback.training import GradientAccumulation
+    grads = {}
+    for n in (4, 8):
+        learn = learner(method='sasformer', n=4, dropout=0., drop_path_rate=0., cbs=[GradientAccumulation(n)])
+        class Keep(Callback):
+            order, run_valid = 7, False
+            def after_loss(self): grads[n] = self.learn.loss_grad.item()
+        quietly(learn.fit, 1, lr=0., cbs=Keep())
+    assert grads[8] == pytest.approx(grads[4]/2, rel=1e-5)
+
+def test_validation_outside_of_a_training_leaves_the_run_alone(tmp_path):
+    r = recipe('scenes', data='scenes:n_train=8,n_val=2,size=64', size=64, bs=4, epochs=1, method='baseline',
+               precision='fp32')
+    learn = r.learner(folder=tmp_path/'run', device='cpu')
+    said = quietly(learn.validate)
+    assert not (tmp_path/'run').exists() and 'valid_loss' not in said
+    quietly(r.run, learn)
+    files = {f: f.read_bytes() for f in (tmp_path/'run').iterdir()}
+    quietly(learn.validate); quietly(learn.get_preds)
+    assert files == {f: f.read_bytes() for f in (tmp_path/'run').iterdir()} and (tmp_path/'run/result.json') in files
+
+def test_freezing_is_of_the_backbone():
+    learn = learner()
+    learn.freeze()
+    assert all(p.requires_grad for p in learn.model.decoder.parameters())
+    assert not any(p.requires_grad for n, p in learn.model.backbone.named_parameters() if p.ndim > 1)
+
+def test_fastais_trackers_pass_over_epochs_without_validation(tmp_path):
+    from fastai.callback.tracker import EarlyStoppingCallback
+    learn = learner(validate_every=2, cbs=[EarlyStoppingCallback(monitor='miou', patience=5)])
+    assert 'nan' not in quietly(learn.fit, 3)
+    assert np.isnan(learn.recorder.values[0][1]) and np.isfinite(learn.recorder.values[1][1])
+
+@pytest.mark.parametrize('gamma', [0, .5, 1, 2])
+def test_focal_loss_of_a_certain_pixel(gamma):
+    scores = torch.tensor([[20., 0, 0], [0., 1, 2]], requires_grad=True)
+    loss = focal_loss(scores, torch.tensor([0, 1]), torch.ones(3), gamma)
+    loss.backward()
+    logp = scores.detach().log_softmax(1)[[0, 1], [0, 1]]
+    assert loss.item() == pytest.approx((-(1-logp.exp())**gamma*logp).mean().item(), abs=1e-6)
+    assert scores.grad.isfinite().all()
+
+def test_a_compiled_model_is_saved_without_its_wrapper(tmp_path):
+    model = create_segmenter('segformer_test_resnet', 3, decoder_dim=16)
+    save_segmenter(torch.compile(model), tmp_path)
+    again = load_segmenter(tmp_path)
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+
+def test_similarity_loss_without_base_pixels_for_long():
+    net = SimilarityNetwork(8, 8, 1, memory=2)
+    for _ in range(4): assert similarity_loss(net, torch.randn(2, 1, 4, 8), torch.full((2, 1, 4), 255)).item() == 0
+
+@pytest.mark.parametrize('given', [dict(loss='dice'), dict(class_weights=[1.]*6), dict(loss_at='scores')])
+def test_options_of_a_loss_that_is_replaced(given):
+    with pytest.raises(ValueError, match=f"{next(iter(given))} is of the labelled pixels' loss, and MaskFormerLoss"):
+        learner('dense', 'maskformer', model='maskformer_test_resnet', decoder_dim=64, n_queries=4, n_layers=1, **given)
+
+def test_a_second_learner_on_a_model_takes_its_own_options():
+    first = learner('tag', 'afa:freeze_norms=false')
+    second = sparse_learner(first.dls, first.model, 'afa:pooling=average,freeze_norms=false', precision='fp32')
+    assert second.model.auxiliary['afa'].pooling == 'average'
+
+def test_weight_decay_spares_embeddings_of_a_vit():
+    model = create_segmenter('segmenter_vit_tiny_patch16_224', 6, img_size=64)
+    groups, names = parameter_groups(model), {id(p): n for n, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in (groups[0], groups[2]) for p in g}
+    assert not decayed & {'backbone.model.pos_embed', 'backbone.model.cls_token', 'decoder.tokens'}
+    assert sum(map(len, groups)) == len(names) and any('qkv.weight' in n for n in decayed)
+
+def test_a_class_that_never_occurs_in_a_table():
+    df = pd.DataFrame([dict(variant='v', seed=s, miou=.5, iou=dict(a=.5, b=None)) for s in (0, 1)])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        assert result_table(df).a.iloc[0] == 50 and np.isnan(result_table(df).b.iloc[0])
+
+def test_examples_are_of_the_scored_size():
+    learn, seen = learner(val_scale=.5), []
+    hook = learn.model.register_forward_pre_hook(lambda m, a: seen.append(tuple(a[0].shape[-2:])))
+    example_sheet(learn, 1)
+    hook.remove()
+    assert seen == [(32, 32)]
+
+def test_kernels_take_batches_of_one_length():
+    with pytest.raises(ValueError, match='expected as many of each'):
+        each_image(lambda a, b: 0, torch.zeros(2, 3), torch.zeros(1, 3))
+
+def test_bench_on_another_device_is_refused():
+    for what in ('afa', 'tree'):
+        with pytest.raises(ValueError, match='measured on the CPU'):
+            getattr(measure, f'bench_{what}')(SimpleNamespace(device='cuda'))

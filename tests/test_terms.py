@@ -113,7 +113,7 @@ def test_labelled_weight(dls, weights):
 def test_labelled_weight_zero_has_no_gradient_of_the_labels(dls):
     "Not even where the labelled loss is no number"
     class Broken(Callback):
-        order, run_valid = 5, False
+        order, run_valid = 4, False
         def after_loss(self): self.learn.loss_grad = self.loss_grad*float('nan')
     a = Confidence(2.)
     a.labelled_weight = 0.

@@ -235,7 +235,7 @@ def test_what_counts(source):
     assert all(g is not None and g.abs().max() == 0 for gs in watch.grads for g in gs)
 
     class Term(Callback):
-        order = 8
+        order = 4
         def after_loss(self):
             if not self.training: return
             P = self.pred.softmax(1)
@@ -289,7 +289,7 @@ def test_needs(source):
     with pytest.raises(ValueError, match='no decoder.classify'):
         Learner(learn.dls, nn.Conv2d(3, 5, 1), partial_cross_entropy, cbs=TreeEnergyLoss())
     class Mixed(Callback):
-        order = 5
+        order = 4
         def before_batch(self): self.learn.xb = ([x for x in self.x],)
     with pytest.raises(ValueError, match='a batch of images of one size'):
         fit(make(source, TreeEnergyLoss(channels=8), Mixed()))
