@@ -262,7 +262,7 @@ TABLES['msrc'] = Table('MSRC from simulated scribbles: photographs on which noth
     'tel': _tel,
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='msrc', base=dict(
         recipe='folder', weights='pretrained', size=192, bs=8, epochs=20, decoder_dim=128, dropout=.1, last_stride=1,
-        scale_max=1.25, validate_every=10, start=.5, sigma=.002))
+        scale_max=1.25, validate_every=10, form='default', start=.5, sigma=.002))
 TABLES['phantoms'] = Table('What make demo trains: built-in hearts from scribbles, from scratch', {
     'baseline': _baseline,
     'sasformer': _sasformer,
