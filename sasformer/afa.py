@@ -231,6 +231,12 @@ def after_create(self:AFALoss):
         return
     self.bare.auxiliary['afa'] = new.to(next(self.bare.parameters()).device)
 
+@patch
+def before_fit(self:AFALoss):
+    LossTerm.before_fit(self)
+    if 'bare' not in vars(self):
+        raise RuntimeError("AFALoss has heads to train: pass it when the learner is made, not to `fit`")
+
 # %% ../nbs/23_afa.ipynb #5e0a7b9c
 @patch
 def before_batch(self:AFALoss):

@@ -6,6 +6,7 @@ from fastai.callback.core import Callback
 from PIL import Image
 import sasformer.sasformer as sf
 from sasformer import downloads, labels, measure
+from sasformer.afa import AFALoss
 from sasformer.annotate import LabelSet, Training, set_classes, set_folder
 from sasformer.annotations import AnnotationError, draw_lines, image_seed, read_label_map, write_label_map
 from sasformer.data import sparse_dataloaders
@@ -254,3 +255,8 @@ def test_bench_on_another_device_is_refused():
     for what in ('afa', 'tree'):
         with pytest.raises(ValueError, match='measured on the CPU'):
             getattr(measure, f'bench_{what}')(SimpleNamespace(device='cuda'))
+
+def test_afa_given_to_a_fit():
+    learn = learner('tag', 'baseline')
+    with pytest.raises(RuntimeError, match='AFALoss has heads to train: pass it when the learner is made'):
+        quietly(learn.fit, 1, cbs=AFALoss())
