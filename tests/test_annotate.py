@@ -586,6 +586,7 @@ def lab(tmp_path):
 def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
     "A notebook that is opened, run and drawn in: the file and the kernel have the stroke"
     nbformat = pytest.importorskip('nbformat')
+    from playwright.sync_api import TimeoutError as Late
     pytest.importorskip('anywidget', reason="anywidget is not here: the canvas of notebooks is not tested")
     id = maps.ids[0]
     cells = (f"from sasformer.annotate import annotate\nw = annotate({str(maps.root)!r}, height=300)\nw",
@@ -597,9 +598,12 @@ def test_the_canvas_in_jupyterlab(browser, lab, maps, tmp_path):
         page.set_default_timeout(300_000)
         page.goto(f'{lab}/lab/tree/draw.ipynb?token=secret')
         prompt = page.locator('.jp-CodeCell .jp-InputPrompt').first
+        asked = page.locator('.jp-Dialog .jp-mod-accept')
         while prompt.inner_text().strip() in ('', '[ ]:'):   # a cell is not run before its kernel is there
-            page.locator('.jp-CodeCell .cm-content').first.click()
-            page.keyboard.press('Shift+Enter')
+            with contextlib.suppress(Late):   # a slow machine's JupyterLab asks which kernel, over all else
+                if asked.count(): asked.click(timeout=5000)
+                page.locator('.jp-CodeCell .cm-content').first.click(timeout=5000)
+                page.keyboard.press('Shift+Enter')
             page.wait_for_timeout(1000)
         page.wait_for_selector('.jp-OutputArea-output [data-ready="0"]')
         page.locator('.sasformer-annotate').get_by_text('ring').click()
