@@ -1,9 +1,11 @@
 "Faults that readers of the source found: each with the input that showed it"
-import contextlib, io, json, subprocess, sys, warnings
+import contextlib, copy, io, json, subprocess, sys, warnings
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
+from conftest import connected, fork_two
 from fastai.callback.core import Callback
 from PIL import Image
+from timm.layers import BatchNormAct2d
 import sasformer.sasformer as sf
 from sasformer import downloads, labels, measure
 from sasformer.afa import AFALoss
@@ -13,7 +15,8 @@ from sasformer.data import sparse_dataloaders
 from sasformer.datasets import LayoutError, Source, folder, open_bands, scenes, write_tags
 from sasformer.inference import predict_image
 from sasformer.label_tools import box_mask, polygon_mask, run_mask
-from sasformer.learner import focal_loss, load_segmenter, parameter_groups, save_segmenter, sparse_learner
+from sasformer.learner import (CPUSyncBatchNormAct, focal_loss, load_segmenter, parameter_groups, save_segmenter,
+                               sparse_learner)
 from sasformer.paper import result_table
 from sasformer.recipes import recipe
 from sasformer.segmenters import create_segmenter
@@ -260,3 +263,22 @@ def test_afa_given_to_a_fit():
     learn = learner('tag', 'baseline')
     with pytest.raises(RuntimeError, match='AFALoss has heads to train: pass it when the learner is made'):
         quietly(learn.fit, 1, cbs=AFALoss())
+
+def share_a_batch():
+    "Timm's norm with an activation in it, on half a batch: what it is on the whole"
+    torch.manual_seed(0)
+    whole, x = BatchNormAct2d(6, act_layer=torch.nn.ReLU6), torch.randn(4, 6, 5, 4)*3+1
+    shared, rank = copy.deepcopy(whole), torch.distributed.get_rank()
+    shared.__class__ = CPUSyncBatchNormAct
+    mine = x[2*rank:2*rank+2].clone().requires_grad_()
+    expected = whole(x.requires_grad_())
+    expected.sum().backward()
+    found = shared(mine)
+    found.sum().backward()
+    part = slice(2*rank, 2*rank+2)
+    torch.testing.assert_close(found, expected[part])
+    torch.testing.assert_close(mine.grad, x.grad[part], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(shared.running_var, whole.running_var)
+
+def test_norms_with_an_activation_are_shared_by_processes():
+    for p in fork_two(connected, share_a_batch): p.finish()
