@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'focal_loss', 'dice_loss', 'labelled_loss',
            'PlainTensors', 'PadBatch', 'Autocast', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock',
-           'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed', 'PixelLoss',
-           'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged', 'UseSampleOrder',
-           'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from',
-           'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
+           'EpochLines', 'at_scale', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed',
+           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged',
+           'UseSampleOrder', 'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter',
+           'start_from', 'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -30,7 +30,7 @@ from .data import ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
-from .terms import FreezeNorms, check_labels
+from .terms import FreezeNorms, check_labels, in_fit
 from .segmenters import create_segmenter, evaluating
 from .metrics import SegmentationMetrics
 from .quick import QuickAttention, can_be_quick
@@ -212,8 +212,6 @@ class SeedEpoch(Callback):
         torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
 
 # %% ../nbs/31_learner.ipynb #1d225bb4
-def _in_fit(cb): return getattr(cb.learn, 'fitting', True)   # or where fastai only validates: it sends the same events
-
 class ValidateEvery(Callback):
     "Validates every `n`-th epoch and the last"
     order = 55   # after the recorder, before the progress bar
@@ -237,7 +235,7 @@ class EpochLines(Callback):
     order = 60
     def __init__(self, every:float=8.): self.every = every   # Seconds
     def before_fit(self):
-        if not _in_fit(self): return
+        if not in_fit(self): return
         self.old, self.learn.logger = self.learn.logger, self.line
         self.began = self.said = time.time()
         self.first = None   # share of the training that an earlier process has done
@@ -252,25 +250,31 @@ class EpochLines(Callback):
         values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n, v in named)
         self.say(f"epoch {log[0]+1}/{self.n_epoch}  {values}{self.left()}")
     def before_batch(self):
-        if _in_fit(self) and self.first is None: self.first = self.pct_train
+        if in_fit(self) and self.first is None: self.first = self.pct_train
     def after_batch(self):
-        if not _in_fit(self) or time.time()-self.said < self.every: return
+        if not in_fit(self) or time.time()-self.said < self.every: return
         what = 'step' if self.training else 'validation'
         self.say(f"  {what} {self.iter+1}/{self.n_iter} of epoch {self.epoch+1}/{self.n_epoch}{self.left()}")
     def after_fit(self):
-        if _in_fit(self): self.learn.logger = self.old
+        if in_fit(self): self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
 # %% ../nbs/31_learner.ipynb #valscale1
+def at_scale(
+    x:Tensor,     # Images, (B, C, H, W)
+    scale:float,  # 1: as they are
+)->Tensor:
+    "Images at `scale` times their size, at least 32 pixels"
+    if scale == 1: return x
+    return F.interpolate(x, [max(32, round(n*scale)) for n in x.shape[-2:]], mode='bilinear', align_corners=False)
+
 class ValidateAtScale(Callback):
     "Validation images are looked at at `scale` times their size, at least 32 pixels"
     order = ValidateEvery.order
     def __init__(self, scale:float): self.scale = scale
     def before_batch(self):
         if self.training: return
-        x = self.xb[0]
-        size = [max(32, round(n*self.scale)) for n in x.shape[-2:]]
-        self.learn.xb = F.interpolate(x, size, mode='bilinear', align_corners=False), *self.xb[1:]
+        self.learn.xb = at_scale(self.xb[0], self.scale), *self.xb[1:]
 
 # %% ../nbs/31_learner.ipynb #cc1bac62
 class CPUSyncBatchNorm(nn.BatchNorm2d):
@@ -391,6 +395,8 @@ class SparseLearner(Learner):
             for cb in self.cbs: getattr(cb, 'release', noop)()
             raise
         finally: self.fitting = False
+    @property
+    def val_scale(self): return next((cb.scale for cb in self.cbs if isinstance(cb, ValidateAtScale)), 1)
     def freeze(self): self.freeze_to(2)   # the backbone's two groups of parameters; the other two are the decoder's
     def _do_fit(self):
         for self.epoch in range(self.first_epoch, self.n_epoch):
@@ -706,7 +712,7 @@ class RunFolder(Callback):
         self.rows, self.best, self.iou = [], -1., None
 
     def before_fit(self):
-        if not _in_fit(self): return
+        if not in_fit(self): return
         state = check_run(self.folder, self.settings, self.resume)
         self.folder.mkdir(parents=True, exist_ok=True)
         if is_first():
@@ -807,7 +813,7 @@ def _restore(self:RunFolder, s):
 # %% ../nbs/31_learner.ipynb #77d22f19
 @patch
 def after_epoch(self:RunFolder):
-    if not _in_fit(self): return
+    if not in_fit(self): return
     # without epoch, smoothed loss, time
     values = dict(zip(self.recorder.metric_names[2:-1], self.recorder.values[-1][1:]))
     row = dict(epoch=self.epoch+1, train_loss=torch.stack(self.learn.stop_where_diverged.losses).mean().item(),
@@ -850,7 +856,7 @@ def release(self:RunFolder):
 
 @patch
 def after_fit(self:RunFolder):
-    if not _in_fit(self): return
+    if not in_fit(self): return
     self.learn.first_epoch = 0
     try: self._finish()
     finally: self.release()
@@ -859,7 +865,7 @@ def after_fit(self:RunFolder):
 @patch(as_prop=True)
 def validated_on(self:RunFolder)->str:
     "What the mIoU is taken over, in words"
-    ds, scale = self.dls.valid.dataset, next((cb.scale for cb in self.learn.cbs if isinstance(cb, ValidateAtScale)), 1)
+    ds, scale = self.dls.valid.dataset, self.learn.val_scale
     labels = f"{ds.annotation.partition(':')[0]} labels" if ds.thin else 'masks'
     seen = '' if scale == 1 else f', seen at {scale:g} of their size'
     return f"{labels} of {len(ds)} image{'s'*(len(ds) != 1)}{seen}"

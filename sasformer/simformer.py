@@ -275,12 +275,7 @@ def after_create(self:SimFormerLoss):
     LossTerm.after_create(self)
     if self.auxiliary is None: return
     network = next(m for m in self.model.modules() if isinstance(m, ProposalNetwork))
-    channels, at = network.pixels.embed.out_channels, next(network.parameters()).device
-    net = SimilarityNetwork(channels, self.width, self.blocks, self.memory)
-    shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
-    old = self.model.auxiliary[self.auxiliary] if self.auxiliary in self.model.auxiliary else None
-    if old is not None and shapes(old) == shapes(net): return   # another learner has begun to train it
-    self.model.auxiliary[self.auxiliary] = net.to(at)
+    self.attach(SimilarityNetwork(network.pixels.embed.out_channels, self.width, self.blocks, self.memory))
 
 @patch
 def before_fit(self:SimFormerLoss):

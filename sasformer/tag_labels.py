@@ -13,7 +13,7 @@ from .annotations import UNLABELLED, write_label_map
 from .cam import foreground, id_table
 from .data import colours_of
 from .inference import image_tensor
-from .learner import load_segmenter
+from .learner import at_scale, load_segmenter
 from .methods import STAGES, parse_method
 from .metrics import ConfusionMatrix
 
@@ -61,7 +61,7 @@ def image_stages(
     device = next(model.parameters()).device
     x = image_tensor(image, model).to(device)
     pictures = colours_of(x, model)
-    small = x if scale == 1 else F.interpolate(x, [max(32, round(n*scale)) for n in x.shape[-2:]], mode='bilinear')
+    small = at_scale(x, scale)
     on = torch.tensor([[float(i in tags) for i in ids]], device=device)
     if none is None: kw['thresholds'] = (-1.,)   # some class always wins
     table = id_table(ids, none)

@@ -91,12 +91,7 @@ class TreeEnergyLoss(LossTerm):
     def after_create(self):
         super().after_create()
         if 'high' not in self.trees: return
-        layer, n = _classifier(self.model)
-        if not hasattr(self.model, 'auxiliary'): self.model.auxiliary = nn.ModuleDict()
-        old = self.model.auxiliary['tree'] if 'tree' in self.model.auxiliary else None
-        if old is not None and old.conv.weight.shape[:2] == (self.channels, n):
-            return   # another learner has begun to train it
-        self.model.auxiliary['tree'] = tree_embedding(n, self.channels).to(next(layer.parameters()).device)
+        self.attach(tree_embedding(_classifier(self.model)[1], self.channels))
 
     def before_fit(self):
         super().before_fit()

@@ -91,17 +91,14 @@ def example_sheet(
     import numpy as np, torch
     from sasformer.data import show_rows
     from sasformer.inference import predict_logits
-    from sasformer.learner import ValidateAtScale
+    from sasformer.learner import at_scale
     ds, rows = learn.dls.valid.dataset, []
-    scale = next((cb.scale for cb in learn.cbs if isinstance(cb, ValidateAtScale)), 1)
     for i in np.linspace(0, len(ds)-1, min(n, len(ds))).astype(int):
         image, mask = ds.load(i)
         x = learn.dls.valid.do_batch([ds[i]])
         x = learn.dls.valid.after_batch(x)[0].to(learn.dls.device)
         x = x.as_subclass(torch.Tensor)
-        seen = [max(32, round(n*scale)) for n in x.shape[-2:]]   # as validation looks at it
-        small = torch.nn.functional.interpolate(x, seen, mode='bilinear', align_corners=False)
-        logits = predict_logits(learn.model.eval(), small, x.shape[-2:])
+        logits = predict_logits(learn.model.eval(), at_scale(x, learn.val_scale), x.shape[-2:])   # as validation looks
         pred = logits.argmax(1)[0].cpu().numpy().astype(np.uint8)
         rows.append((np.asarray(image), mask, pred))
     return show_rows(rows, ('image', 'mask', 'prediction'), ds.src)

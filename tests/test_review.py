@@ -127,11 +127,14 @@ def test_sets_of_the_annotating_page(tmp_path):
     (root/'runs/001').mkdir(parents=True)
     assert training.state()['status'] == 'none'
 
-@pytest.mark.parametrize('end', ['pipe', 'help'])
-def test_sasformer_data_is_a_program_like_the_others(end):
-    args = dict(pipe='list | head -1', help='check nothing --path nowhere')[end]
-    r = subprocess.run(f'{sys.executable} -u -m sasformer.downloads {args}', shell=True, capture_output=True, text=True)
+def test_sasformer_data_is_a_program_like_the_others(monkeypatch, capsys):
+    r = subprocess.run(f'{sys.executable} -u -m sasformer.downloads list | head -1', shell=True, capture_output=True,
+                       text=True)
     assert 'Traceback' not in r.stderr and len(r.stderr.splitlines()) <= 1, r.stderr
+    def interrupted(name): raise KeyboardInterrupt
+    monkeypatch.setattr(downloads, '_listed', interrupted)
+    with pytest.raises(SystemExit) as e: downloads.main(['list'])
+    assert e.value.code == 130 and 'the next call goes on from there' in capsys.readouterr().err
 
 @pytest.mark.parametrize('length,whole', [('10', 15), (None, None)])
 def test_a_server_that_does_not_say_how_long_the_whole_is(monkeypatch, length, whole):
