@@ -1,6 +1,6 @@
 "Reads `settings.ini`; everything that could be changed is there"
 from configparser import ConfigParser
-from setuptools import setup, find_packages
+from setuptools import setup, find_namespace_packages
 
 config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf8')
@@ -12,8 +12,8 @@ setup(
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3'],
     project_urls={'Source': cfg['git_url']}, author_email=cfg['author_email'],
-    packages=find_packages(include=['sasformer', 'sasformer.*']), include_package_data=True,
-    package_data={'sasformer': ['splits/*.json', 'static/*']},
+    packages=find_namespace_packages(include=['sasformer', 'sasformer.static', 'sasformer.splits']),
+    package_data={'sasformer.splits': ['*.json'], 'sasformer.static': ['*']},
     long_description=open('README.md', encoding='utf8').read(), long_description_content_type='text/markdown',
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'tensorboard': ['tensorboard'],

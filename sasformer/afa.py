@@ -216,7 +216,6 @@ def check(self:AFALoss, learn):
 @patch
 def after_create(self:AFALoss):
     LossTerm.after_create(self)
-    self.bare = getattr(self.model, 'module', self.model)
     names = list(self.dls.train.dataset.src.classes)
     self.classes, self.background_id = foreground(names, self.background)
     if self.background_id is None and self.background != 'background':
@@ -225,12 +224,6 @@ def after_create(self:AFALoss):
     n_maps = sum(a.num_heads for a, _ in self._tap._attention) if self.affinity else 0
     new = AFAHeads(self.bare.backbone.feature_info.channels()[-1], len(self.classes), n_maps, self.pooling)
     self.attach(new).pooling = self.pooling
-
-@patch
-def before_fit(self:AFALoss):
-    LossTerm.before_fit(self)
-    if 'bare' not in vars(self):
-        raise RuntimeError("AFALoss has heads to train: pass it when the learner is made, not to `fit`")
 
 # %% ../nbs/23_afa.ipynb #5e0a7b9c
 @patch
@@ -262,7 +255,7 @@ def stage(self:AFALoss)->int:
 # %% ../nbs/23_afa.ipynb #cb6a9a30
 @patch
 def prepare(self:AFALoss):
-    heads, stage = self.bare.auxiliary['afa'], self.stage
+    heads, stage = self.attached, self.stage
     if self._features is None: raise RuntimeError("the decoder was not run: is the model compiled?")
     self._scores = heads.tags(self._features)
     if stage == 0: return
@@ -298,7 +291,7 @@ def _label_maps(self:AFALoss, heads, stage):
 def terms(self:AFALoss):
     tags = self.tags[:,self.classes].float()
     out = dict(cls=F.multilabel_soft_margin_loss(self._scores.float(), tags))
-    none = 0*sum(p.sum() for p in self.bare.auxiliary['afa'].parameters())   # several processes wait for each gradient
+    none = 0*sum(p.sum() for p in self.attached.parameters())   # several processes wait for each gradient
     out |= dict(seg=none, aff=none)
     if not self._labels: return out
     out['seg'] = none+balanced_cross_entropy(self.logits, self._labels['segmentation'], self.background_id)

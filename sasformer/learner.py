@@ -607,6 +607,12 @@ def export(self:SparseLearner, fname='', **kwargs):
                               "save_segmenter(learn.model, folder, classes=learn.dls.vocab) and open it with "
                               "load_segmenter(folder)")
 
+@patch
+def tta(self:SparseLearner, *args, **kwargs):
+    "Refused, with what does it"
+    raise NotImplementedError("learn.tta needs the transforms of a fastai data set: predict_image(learn.model, "
+                              "photograph, scales=(.75, 1, 1.25), flip=True) averages sizes and mirror images")
+
 # %% ../nbs/31_learner.ipynb #78c54457
 def save_segmenter(
     model:nn.Module,     # From `create_segmenter`

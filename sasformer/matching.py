@@ -120,7 +120,8 @@ def match(
         if (n := len(t.classes)+len(t.novel)) > n_queries:
             raise ValueError(f"image {b} of the batch holds {n} classes, and the model proposes {n_queries} regions: "
                              f"expected n_queries of at least {n}")
-    both = [matching_cost(p.classes[:,b], p.masks[:,b], t, **costs) for b, t in enumerate(targets)]
+    classes, masks = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (p.classes, p.masks))   # sums overflow
+    both = [matching_cost(classes[:,b], masks[:,b], t, **costs) for b, t in enumerate(targets)]
     for b, cost in enumerate(both):
         cost = cost.cpu().numpy()
         if not np.isfinite(cost).all():

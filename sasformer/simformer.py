@@ -268,20 +268,12 @@ def check_pairs(
                          f"got {bs} images in {world} process{'es'*(world > 1)}")
 
 # %% ../nbs/25_simformer.ipynb #sf250074
-def _bare(model): return getattr(model, 'module', model)
-
 @patch
 def after_create(self:SimFormerLoss):
     LossTerm.after_create(self)
     if self.auxiliary is None: return
     network = next(m for m in self.model.modules() if isinstance(m, ProposalNetwork))
     self.attach(SimilarityNetwork(network.pixels.embed.out_channels, self.width, self.blocks, self.memory))
-
-@patch
-def before_fit(self:SimFormerLoss):
-    MaskFormerLoss.before_fit(self)
-    if self.auxiliary is not None and self.auxiliary not in _bare(self.model).auxiliary:
-        raise RuntimeError("SimFormerLoss has a network to train: pass it when the learner is made, not to `fit`")
 
 # %% ../nbs/25_simformer.ipynb #sf250076
 @patch
@@ -319,7 +311,7 @@ def terms(self:SimFormerLoss):
         loss = complementary_loss(p.masks, novel, labels, self.floor, *weights, **self.focal)
         terms['complementary'] = self.complementary*loss
     if not self.similarity: return terms
-    net, cells = _bare(self.model).auxiliary[self.auxiliary], _of_pairs(cells.flatten(1))
+    net, cells = self.attached, _of_pairs(cells.flatten(1))
     pixels = _of_pairs(p.pixels.detach().flatten(2))
     n, k = self.inside+self.outside, self.novel_points
     u = self.draws(1+2*n+2*k)

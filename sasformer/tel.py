@@ -93,13 +93,6 @@ class TreeEnergyLoss(LossTerm):
         if 'high' not in self.trees: return
         self.attach(tree_embedding(_classifier(self.model)[1], self.channels))
 
-    def before_fit(self):
-        super().before_fit()
-        self.bare = getattr(self.model, 'module', self.model)
-        if 'high' in self.trees and 'tree' not in getattr(self.bare, 'auxiliary', {}):
-            raise RuntimeError("TreeEnergyLoss has an embedding to train: pass it when the learner is made, "
-                               "not to `fit`")
-
 # %% ../nbs/21_tel.ipynb #65d1ac66
 @patch
 def before_batch(self:TreeEnergyLoss):
@@ -118,7 +111,7 @@ def _keep(self:TreeEnergyLoss, module, args): self._features = args[0]
 def prepare(self:TreeEnergyLoss):
     if 'high' not in self.trees: return
     if self._features is None: raise RuntimeError("the decoder's `classify` was not run: is the model compiled?")
-    self._embedded = self.bare.auxiliary['tree'](self._features).float()
+    self._embedded = self.attached(self._features).float()
 
 # %% ../nbs/21_tel.ipynb #9db0f10f
 @patch

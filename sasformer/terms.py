@@ -26,8 +26,8 @@ def check_labels(
 def in_fit(
     cb:Callback,
 )->bool:
-    "Does its learner train? fastai sends `before_fit` and `after_epoch` where it only validates, too"
-    return getattr(cb.learn, 'fitting', True)
+    "Does its learner train? fastai sends `before_fit` and `after_epoch` where it validates or looks for a rate, too"
+    return getattr(cb.learn, 'fitting', True) and not hasattr(cb.learn, 'lr_finder')
 
 class LossTerm(Callback):
     "Adds weight · (sum of terms) to the loss of a `Learner`, and keeps the terms' means by epoch"
@@ -35,7 +35,8 @@ class LossTerm(Callback):
     order, run_valid = 5, False
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
     sample_order = None    # A method that needs its own defines `sample_order(self, dataset)`: the indices of an epoch
-    auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train
+    auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train, see `attach`
+    attached = None        # Those layers, once they are there
     pseudo_label = None    # Label map that a method makes in a step, for terms of a higher `order`, (B, H, W)
 
     def __init__(self,
@@ -79,19 +80,25 @@ def combine(self:LossTerm,
 def attach(self:LossTerm,
     new:nn.Module,  # Layers that only these terms train
 )->nn.Module:       # Those in `model.auxiliary`: `new`, or some of its shapes that another learner has begun to train
-    "Puts the method's own layers beside the segmenter's"
-    model, name = getattr(self.model, 'module', self.model), self.auxiliary
+    "Puts the method's own layers beside the segmenter's; in `after_create`, before there is an optimiser"
+    model, name = self.bare, self.auxiliary
     if not hasattr(model, 'auxiliary'): model.auxiliary = nn.ModuleDict()
     shapes = lambda m: {k: v.shape for k, v in m.state_dict().items()}
     if name not in model.auxiliary or shapes(model.auxiliary[name]) != shapes(new):
         model.auxiliary[name] = new.to(next(model.parameters()).device)
-    return model.auxiliary[name]
+    self.attached = model.auxiliary[name]
+    return self.attached
 
 @patch
 def leave(self:LossTerm):
     "Takes off what a step has put on the model; called after each step, and after an interrupted fit"
 
 # %% ../nbs/19_terms.ipynb #d9f3b2e1
+@patch(as_prop=True)
+def bare(self:LossTerm)->nn.Module:
+    "The segmenter, without what wraps it while several processes train it"
+    return getattr(self.model, 'module', self.model)
+
 @patch(as_prop=True)
 def logits(self:LossTerm)->Tensor:
     "The prediction before the softmax, (B, C, h, w), float32"
@@ -102,7 +109,7 @@ def logits(self:LossTerm)->Tensor:
 @patch(as_prop=True)
 def images(self:LossTerm)->Tensor:
     "The batch's images in [0, 1], (B, 3, H, W), float32; of more channels three, see `colours_of`"
-    return colours_of(self.x.as_subclass(Tensor).float(), getattr(self.model, 'module', self.model))
+    return colours_of(self.x.as_subclass(Tensor).float(), self.bare)
 
 @patch(as_prop=True)
 def label_map(self:LossTerm)->Tensor:
@@ -127,8 +134,7 @@ def after_loss(self:LossTerm):
         for k, v in terms.items(): self._sums[k] = self._sums.get(k, 0) + v.detach()
         self._steps += 1
     elif self.auxiliary is not None:
-        layers = getattr(self.model, 'module', self.model).auxiliary[self.auxiliary]
-        self.learn.loss_grad = self.loss_grad + 0*sum(p.sum() for p in layers.parameters())
+        self.learn.loss_grad = self.loss_grad + 0*sum(p.sum() for p in self.attached.parameters())
     self.learn.loss = self.loss_grad.detach().clone()
 
 # %% ../nbs/19_terms.ipynb #5ba1f23d
@@ -147,6 +153,9 @@ def after_create(self:LossTerm): self.check(self.learn)
 @patch
 def before_fit(self:LossTerm):
     self.check(self.learn)
+    if self.auxiliary is not None and not any(m is self.attached for m in self.bare.modules()):
+        raise RuntimeError(f"{type(self).__name__} trains layers of its own: "
+                           "pass it when the learner is made, not to `fit`")
     if self.sample_order is not None and getattr(self.dls.train, 'order', None) != self.sample_order:
         raise RuntimeError(f"{type(self).__name__} needs the samples in an order of its own: "
                            "give it to `sparse_learner`, not to `fit`")
@@ -180,10 +189,13 @@ def release(self:LossTerm): self.leave()
 class FreezeNorms(Callback):
     """Norms of the backbone stay as they were pretrained: every parameter with 'norm' in its name, as AFA released;
     batch normalisation, of a CNN, with its statistics"""
-    def after_create(self):
-        for name, p in self.model.backbone.named_parameters():
-            if 'norm' in name: p.requires_grad_(False)
-        for m in self.batch_norms(): m.requires_grad_(False)
+    def before_fit(self):   # and until its end, so that the next learner of the same model begins afresh
+        named = [p for name, p in self.model.backbone.named_parameters() if 'norm' in name]
+        self.frozen = [p for p in (*named, *(p for m in self.batch_norms() for p in m.parameters())) if p.requires_grad]
+        for p in self.frozen: p.requires_grad_(False)
+    def after_fit(self):
+        for p in getattr(self, 'frozen', ()): p.requires_grad_(True)
+    release = after_fit
     def before_train(self):
         for m in self.batch_norms(): m.eval()
     def batch_norms(self):

@@ -7,7 +7,7 @@ from fastai.vision.all import DiceMulti, PILImage, SegmentationInterpretation, a
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import scenes
 from sasformer.inference import predict_image
-from sasformer.learner import sparse_learner
+from sasformer.learner import RunFolder, sparse_learner
 
 
 @pytest.fixture(scope='module')
@@ -29,6 +29,18 @@ def whole(learn):
 
 def test_export_says_what_to_write(learn, tmp_path):
     with pytest.raises(NotImplementedError, match='save_segmenter.*load_segmenter'): learn.export(tmp_path/'x.pkl')
+    with pytest.raises(NotImplementedError, match='predict_image.*scales=.*flip=True'): learn.tta()
+
+
+def test_a_rate_is_found_beside_a_run_folder(learn, tmp_path):
+    "Weights come back, and no run begins"
+    learn.add_cb(RunFolder(tmp_path/'run'))
+    before = [p.clone() for p in learn.model.parameters()]
+    try:
+        with learn.no_logging(): found = learn.lr_find(num_it=12, show_plot=False)
+    finally: learn.remove_cb(RunFolder)
+    assert 1e-7 < found.valley < 10 and not (tmp_path/'run').exists()
+    assert all(torch.equal(a, b) for a, b in zip(before, learn.model.parameters()))
 
 
 @pytest.mark.parametrize('kind', ['path', 'PIL image', 'array', 'fastai image'])

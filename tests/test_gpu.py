@@ -1,5 +1,5 @@
 "One call for a GPU: the rehearsal with parts that break, the judgement of targets, what travels"
-import json, os, subprocess, sys
+import json, os, subprocess, sys, traceback
 from types import SimpleNamespace
 import pytest, torch
 from sasformer import gpu
@@ -19,6 +19,26 @@ def hangs(o):
 '''
 
 
+class ForkedPopen:
+    "A worker as a fork of this process, without the half minute of a new one's imports"
+    returncode = None
+    def __init__(self, command, stdout, stderr, text, start_new_session, env):
+        reads, writes = os.pipe()
+        self.pid = os.fork()
+        if self.pid: os.close(writes); self.stdout = os.fdopen(reads); return
+        status = 1
+        try:
+            os.setsid(), os.dup2(writes, 1), os.dup2(stderr.fileno(), 2)
+            sys.stdout, sys.stderr = os.fdopen(1, 'w', 1), os.fdopen(2, 'w', 1)
+            status = gpu.main(command[command.index('sasformer.gpu')+1:])
+        except BaseException: traceback.print_exc()
+        finally: os._exit(status)
+
+    def wait(self):
+        if self.returncode is None: self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+
 # at tiny size the first two are what b4 is; the last is always there
 LIKE_B4 = 'step_mit_b0', 'step_mit_b1', 'summary'
 
@@ -31,6 +51,7 @@ def rehearsal(tmp_path_factory):
     path = [str(folder), *filter(None, [os.environ.get('PYTHONPATH')])]
     patch.setenv('PYTHONPATH', ':'.join(path))
     patch.syspath_prepend(folder)
+    patch.setattr(gpu, 'subprocess', SimpleNamespace(**{**vars(subprocess), 'Popen': ForkedPopen}))
     find = gpu.find_part
     patch.setattr(gpu, 'find_part', lambda name: (find(name)[0], .5) if name == 'broken:hangs' else find(name))
     broken = [f'broken:{name}' for name in ('dies', 'raises', 'hangs')]
@@ -85,7 +106,8 @@ def test_a_rehearsal_measures_no_target(rehearsal):
     assert {t['verdict'] for t in targets} == {'not measured'} and len(targets) == len(gpu.TARGETS)
 
 
-def test_time_is_up(tmp_path):
+def test_time_is_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, 'subprocess', subprocess)   # its worker, which has the summary to make, is a new process
     args = ['--device', 'cpu', '--tiny', '--out', str(tmp_path), '--parts', 'trees', '--seconds', '-1']
     assert gpu.main(['check', *args]) == 1
     found = results(tmp_path)

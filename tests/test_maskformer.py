@@ -193,6 +193,14 @@ def test_transformers_loss(seed):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+def test_half_precision_does_not_overflow():
+    "More pixels than float16 can count"
+    c, m = torch.randn(1, 1, 3, 5).half(), torch.randn(1, 1, 3, 280, 280).half()
+    targets = class_targets(torch.randint(0, 3, (1, 280, 280)))
+    same = [match(Proposals(c.to(dtype), m.to(dtype), None), targets).query for dtype in (torch.half, torch.float)]
+    assert torch.equal(*same)
+
+
 def test_columns_stay_with_their_targets():
     "A base class whose pixels all vanish at the small size is still one with a mask, a novel one still without"
     y = torch.zeros(1, 20, 28, dtype=torch.long)
