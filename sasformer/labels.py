@@ -296,8 +296,9 @@ def _pseudo_options(p):
     p.add_argument('--thresholds', type=scores_between, default=None, metavar='HIGH,LOW',
                    help="Background scores; what they disagree on is not labelled, with one all is "
                         "(default: those of the training)")
-    p.add_argument('--scale', type=size_factor, default=1., metavar='FACTOR',
-                   help="Size at which the network looks, as a factor of the image's (default: 1)")
+    p.add_argument('--scale', type=size_factor, default=None, metavar='FACTOR',
+                   help="Size at which the network looks, as a factor of the image's (default: the one at which the "
+                        "run was validated, mostly 1)")
     p.add_argument('--device', type=usable_device, default='cpu', help="cpu, cuda, cuda:1, mps … (default: cpu)")
 
 # %% ../nbs/63_labels.ipynb #ee693b6d
@@ -385,7 +386,8 @@ def run_pseudo(o):
     model, options = load_afa(o.model, o.device)
     same_classes(model, src)
     if o.thresholds: options['thresholds'] = o.thresholds
-    return write_tag_labels(model, src, o.out, o.split, o.stage, o.scale, o.overwrite, _bar, **options)
+    scale = o.scale or model.val_scale
+    return write_tag_labels(model, src, o.out, o.split, o.stage, scale, o.overwrite, _bar, **options)
 
 # %% ../nbs/63_labels.ipynb #724e049b
 def print_tags(stats, title):

@@ -26,7 +26,7 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import ToModel, global_sum, normalise, pixels, statistics_of
+from .data import ALIASED_BELOW, ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
@@ -266,7 +266,9 @@ def at_scale(
 )->Tensor:
     "Images at `scale` times their size, at least 32 pixels"
     if scale == 1: return x
-    return F.interpolate(x, [max(32, round(n*scale)) for n in x.shape[-2:]], mode='bilinear', align_corners=False)
+    size = [max(32, round(n*scale)) for n in x.shape[-2:]]
+    return F.interpolate(x, size, mode='bilinear', align_corners=False,
+                         antialias=scale < ALIASED_BELOW)
 
 class ValidateAtScale(Callback):
     "Validation images are looked at at `scale` times their size, at least 32 pixels"
@@ -552,6 +554,7 @@ def sparse_learner(
         model = _segmenter(model, len(src.classes), kwargs)
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
     _use_channels(model, src)
+    model.val_scale = val_scale   # predictions look so too
     if dls.device is not None: model.to(dls.device)
     _normalise_for(model, dls)
     callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order, clip)
@@ -596,7 +599,7 @@ def predict(self:SparseLearner,
     "The mask of a photograph of any size; `predict_image` can do it at several scales or in windows"
     x = torch.tensor(pixels(item, self.model))
     x = normalise(x.permute(2, 0, 1), statistics_of(self.model))[None].to(next(self.model.parameters()).device)
-    with evaluating(self.model): y = self.model(x).float()
+    with evaluating(self.model): y = self.model(at_scale(x, self.val_scale)).float()
     p = F.interpolate(y, x.shape[-2:], mode='bilinear', align_corners=False)[0].softmax(0).cpu()
     return p.argmax(0), p.argmax(0), p
 
@@ -630,7 +633,8 @@ def save_segmenter(
                    if not k.startswith('auxiliary.') or k.startswith(heads)}, tmp)
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
-                                         mean=model.mean, std=model.std, shown=model.shown))
+                                         mean=model.mean, std=model.std, shown=model.shown,
+                                         val_scale=getattr(model, 'val_scale', 1.)))
 
 # %% ../nbs/31_learner.ipynb #2e409b3b
 def load_segmenter(
@@ -656,7 +660,7 @@ def load_segmenter(
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
-    model.shown = meta.get('shown')
+    model.shown, model.val_scale = meta.get('shown'), meta.get('val_scale', 1.)
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #startfr1

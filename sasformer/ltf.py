@@ -66,6 +66,9 @@ class LTFDecoder(nn.Module):
         self.head, self.dropout = RefineResidual(inside, inside), nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(inside, n_classes, 1)
 
+    @property
+    def tree_input(self): return self.head
+
     def forward(self, feats):
         x = self.refine[-1](self.lateral[-1](feats[-1])+self.top(feats[-1]))
         for f, lateral, filt, refine in reversed(list(zip(feats, self.lateral, self.filter, self.refine))):

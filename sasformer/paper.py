@@ -444,7 +444,7 @@ def _start(cell, out, path, weights, device, launcher):
 
 def _teacher(r, work):
     "A finished cell that is the first training of a self-training; None where there is none"
-    first = dataclasses.replace(r, self_train=False, pseudo_scales=(1.,))
+    first = dataclasses.replace(r, self_train=False)
     for f in sorted(work.glob('*/result.json')):
         try:
             if finished(f.parent, first): return f.parent

@@ -150,6 +150,7 @@ def settings(self:Recipe)->dict:
     s = {k: v for k, v in dataclasses.asdict(self).items() if k not in ('path', 'num_workers', 'cache_mb')}
     for name in ('weights', 'init'):
         if s[name] is not None: s[name] = Path(s[name]).name
+    if not self.self_train: s['pseudo_scales'] = (1.,)   # of no use
     s['method'] = '+'.join(self.methods) or 'baseline'
     s['options'] = {name: dataclasses.asdict(m) for name, m in self.methods.items()}
     return json.loads(json.dumps(s))   # as it is read from a file: lists for tuples
@@ -331,7 +332,7 @@ RECIPES = dict(
         _simformer, data='folder', annotation='dense:novel=cow+aeroplane+bicycle+sign+book',
         model='maskformer_tf_efficientnet_lite0', decoder_dim=64, n_queries=30, n_layers=2, dropout=0., size=128,
         width=192, epochs=40, lr=2e-4, head_lr=10., wd=.01, scale_max=1., val_scale=.6, num_workers=0,
-        validate_every=5,
+        validate_every=5, pseudo_scales=(.6,),
         options='simformer:freeze_norms=true,width=64,inside=32,outside=8,novel_points=40'),
     simformer_scenes=dict(
         method='simformer', data='scenes', annotation='dense:novel=plain ring+striped disc', model='maskformer_mit_b0',

@@ -118,6 +118,9 @@ class DeepLabV3PlusDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Conv2d(dim, n_classes, 1)
 
+    @property
+    def tree_input(self): return self.refine[1]
+
     def forward(self, feats):
         fine = self.skip(feats[0])
         coarse = _resize(self.aspp(feats[-1]), fine.shape[-2:])
@@ -137,6 +140,9 @@ class HRNetDecoder(nn.Module):
         self.fuse = _conv(sum(channels), dim, 3)
         self.dropout = nn.Dropout2d(dropout)
         self.classify = nn.Conv2d(dim, n_classes, 1)
+
+    @property
+    def tree_input(self): return self.fuse
 
     def forward(self, feats):
         size = feats[0].shape[-2:]

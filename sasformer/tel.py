@@ -57,13 +57,16 @@ def tree_embedding(
     return nn.Sequential(OrderedDict(conv=nn.Conv2d(in_channels, channels, 1, bias=False),
                                      norm=nn.BatchNorm2d(channels), relu=nn.ReLU()))
 
-def _classifier(model):
-    "The decoder's last layer, and how many channels it takes"
-    layer = getattr(getattr(model, 'decoder', None), 'classify', None)
-    if layer is None:
+def _tree_input(model):
+    "The decoder's layer whose input is embedded, and how many channels that has"
+    decoder = getattr(model, 'decoder', None)
+    classify = getattr(decoder, 'classify', None)
+    if classify is None:
         raise ValueError("the high-level tree needs the features before the classifier, "
                          f"and {type(model).__name__} has no decoder.classify: use trees=('low',)")
-    return layer, next(layer.parameters()).shape[1]   # a convolution or a linear layer: weights are (out, in, …)
+    layer = next(o for n in ('tree_input', 'dropout', 'classify') if (o := getattr(decoder, n, None)) is not None)
+    # dropout has no weights; those of a convolution or a linear layer are (out, in, …)
+    return layer, next(layer.parameters(), next(classify.parameters())).shape[1]
 
 # %% ../nbs/21_tel.ipynb #f6cc8e70
 class TreeEnergyLoss(LossTerm):
@@ -86,12 +89,12 @@ class TreeEnergyLoss(LossTerm):
         self._hook = self._features = self._embedded = None
 
     def check(self, learn):
-        if 'high' in self.trees: _classifier(learn.model)
+        if 'high' in self.trees: _tree_input(learn.model)
 
     def after_create(self):
         super().after_create()
         if 'high' not in self.trees: return
-        self.attach(tree_embedding(_classifier(self.model)[1], self.channels))
+        self.attach(tree_embedding(_tree_input(self.model)[1], self.channels))
 
 # %% ../nbs/21_tel.ipynb #65d1ac66
 @patch
@@ -102,7 +105,7 @@ def before_batch(self:TreeEnergyLoss):
         got = [getattr(o, 'shape', type(o)) for o in (x, y)]
         raise ValueError("the tree energy loss takes a batch of images of one size with their label maps, "
                          f"and got {got}")
-    if 'high' in self.trees: self._hook = _classifier(self.bare)[0].register_forward_pre_hook(self._keep)
+    if 'high' in self.trees: self._hook = _tree_input(self.bare)[0].register_forward_pre_hook(self._keep)
 
 @patch
 def _keep(self:TreeEnergyLoss, module, args): self._features = args[0]
@@ -110,7 +113,7 @@ def _keep(self:TreeEnergyLoss, module, args): self._features = args[0]
 @patch
 def prepare(self:TreeEnergyLoss):
     if 'high' not in self.trees: return
-    if self._features is None: raise RuntimeError("the decoder's `classify` was not run: is the model compiled?")
+    if self._features is None: raise RuntimeError("the decoder's layers were not run: is the model compiled?")
     self._embedded = self.attached(self._features).float()
 
 # %% ../nbs/21_tel.ipynb #9db0f10f
@@ -121,7 +124,7 @@ def _low(self:TreeEnergyLoss, size):
 
 @patch
 def _high(self:TreeEnergyLoss, size):
-    "The embedding of the features before the classifier, at the size of the prediction"
+    "The embedding of the features, at the size of the prediction"
     e, seen = self._embedded, self.x.shape[-2:]
     padding = getattr(self.bare, 'padding', None)
     added = padding(seen) if callable(padding) else (0, 0)

@@ -226,7 +226,7 @@ def self_train(
 )->dict:                     # What `result.json` holds; None before the second training
     "Train, label the novel classes with the model, train again"
     from sasformer.machine import is_first
-    out, first = Path(out), dataclasses.replace(r, self_train=False, pseudo_scales=(1.,))
+    out, first = Path(out), dataclasses.replace(r, self_train=False)
     teacher = Path(teacher or out/'teacher')
     if stage in (None, 'train') and not finished(teacher, first):
         train(first, teacher, (teacher/'state.pt').exists(), tensorboard, device, allow_changes=allow_changes)

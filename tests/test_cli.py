@@ -1,5 +1,5 @@
 "The programs, end to end: train, evaluate, predict; labels simulated, converted and counted; faults in one line"
-import argparse, csv, json, os, subprocess, sys, zipfile
+import argparse, csv, json, os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np, pytest
 from PIL import Image
@@ -150,6 +150,28 @@ def test_eval_dice_of_groups(run, home, tmp_path, capsys):
     for c, iou in whole['iou'].items():
         if iou is not None: assert abs(whole['dice']['mean'][c]-2*iou/(1+iou)) < 1e-9
     assert 'Dice, mean of 4 groups: ' in capsys.readouterr().out
+
+
+def test_images_are_looked_at_as_in_the_training(run, photos, tmp_path, capsys):
+    "A run that was validated at half the size is evaluated and predicts so, unless it is told otherwise"
+    half = tmp_path/'half'
+    shutil.copytree(run, half)
+    about = json.loads((half/'model.json').read_text())
+    assert about['val_scale'] == 1
+    (half/'model.json').write_text(json.dumps(dict(about, val_scale=.5)))
+    def r(folder, *args):
+        out = tmp_path/f"{folder.name}{len(args)}.json"
+        evaluate.main([str(folder), '--out', str(out), *args])
+        return json.loads(out.read_text())
+    ours, said = r(half), capsys.readouterr().out
+    assert ours['scales'] == [.5] and "at 0.5 of the images' size" in said
+    assert ours['accuracy'] == r(run, '--scales', '0.5')['accuracy'] != r(half, '--scales', '1')['accuracy']
+    capsys.readouterr()
+    for name, args in dict(unasked=[half], asked=[run, '--scales', '0.5']).items():
+        predict.main([str(args[0]), str(photos), '--out', str(tmp_path/name), '--no-overlay', *args[1:]])
+        assert "at 0.5 of the images' size" in capsys.readouterr().out
+    masks = [sorted((tmp_path/name).glob('*.png')) for name in ('unasked', 'asked')]
+    assert masks[0] and all(a.read_bytes() == b.read_bytes() for a, b in zip(*masks))
 
 
 def test_eval_options_reach_the_model(run, home, tmp_path):

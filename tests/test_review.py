@@ -1,5 +1,5 @@
 "Faults that readers of the source found: each with the input that showed it"
-import contextlib, copy, io, json, subprocess, sys, warnings
+import contextlib, copy, dataclasses, io, json, subprocess, sys, warnings
 from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from conftest import connected, fork_two
@@ -13,7 +13,7 @@ from sasformer.annotate import LabelSet, Training, set_classes, set_folder
 from sasformer.annotations import AnnotationError, draw_lines, image_seed, read_label_map, write_label_map
 from sasformer.data import sparse_dataloaders
 from sasformer.datasets import LayoutError, Source, folder, open_bands, scenes, write_tags
-from sasformer.inference import predict_image
+from sasformer.inference import image_tensor, multi_scale_logits, predict_image, scales_of
 from sasformer.label_tools import box_mask, polygon_mask, run_mask
 from sasformer.learner import (CPUSyncBatchNormAct, focal_loss, load_segmenter, parameter_groups, save_segmenter,
                                sparse_learner)
@@ -264,7 +264,7 @@ def test_bench_on_another_device_is_refused():
 
 def test_afa_given_to_a_fit():
     learn = learner('tag', 'baseline')
-    with pytest.raises(RuntimeError, match='AFALoss has heads to train: pass it when the learner is made'):
+    with pytest.raises(RuntimeError, match='AFALoss trains layers of its own: pass it when the learner is made'):
         quietly(learn.fit, 1, cbs=AFALoss())
 
 def share_a_batch():
@@ -285,3 +285,23 @@ def share_a_batch():
 
 def test_norms_with_an_activation_are_shared_by_processes():
     for p in fork_two(connected, share_a_batch): p.finish()
+
+def test_the_size_of_validation_stays_with_the_model(tmp_path, image):
+    "In its file, in the learner's predictions, and in those of a photograph"
+    dls = sparse_dataloaders(scenes(n_train=2, n_val=2, size=32), 'scribble', size=32, bs=2, device='cpu')
+    learn = sparse_learner(dls, 'segformer_test_resnet', decoder_dim=16, val_scale=.9)
+    save_segmenter(learn.model, tmp_path, classes=dls.vocab)
+    model, x = load_segmenter(tmp_path), image_tensor(image, learn.model)
+    assert model.val_scale == .9 and scales_of(model) == (.9,)
+    mask, _, p = learn.predict(image)
+    torch.testing.assert_close(p, multi_scale_logits(model, x, (.9,), flip=False)[0].exp(), atol=1e-6, rtol=1e-5)
+    assert (p-multi_scale_logits(model, x, (1.,), flip=False)[0].exp()).abs().max() > 1e-4
+    assert np.array_equal(mask.numpy(), predict_image(model, image))
+
+def test_a_finished_training_teaches_whatever_the_scales_of_its_labels():
+    "They mean something to self-training alone"
+    first = recipe('simformer_ade20k_1', path='ADE')
+    assert len(first.pseudo_scales) == 5 and first.settings()['pseudo_scales'] == [1.]
+    again = recipe('simformer_ade20k_1', path='ADE', self_train=True)
+    assert len(again.settings()['pseudo_scales']) == 5
+    assert dataclasses.replace(again, self_train=False).settings() == first.settings()

@@ -11,7 +11,7 @@ from sasformer.datasets import scenes
 from sasformer.learner import PlainTensors, partial_cross_entropy, sparse_learner
 from sasformer.segmenters import create_segmenter
 from sasformer.ltf import LTFDecoder
-from sasformer.tel import TreeEnergyLoss, soft_labels, tree_energy
+from sasformer.tel import TreeEnergyLoss, _tree_input, soft_labels, tree_energy
 from sasformer.treefilter import affinity_to_parent, edge_affinity, grid_distances, minimum_spanning_tree, tree_filter
 
 BACKENDS = 'numba', 'torch'
@@ -226,6 +226,20 @@ def test_training(source, chosen):
     if 'high' in chosen:
         assert before[0].shape == (8, 32, 1, 1) and not torch.equal(before[0], next(auxiliary.parameters()))
     assert sum(len(m._forward_pre_hooks) for m in learn.model.modules()) == 0
+
+
+@pytest.mark.parametrize('name, layer', [('segformer_mit_b0', 'dropout'), ('deeplabv3plus_resnet18', 'refine.1'),
+                                         ('hrnet_hrnet_w18_small', 'fuse'), ('ltf_resnet18', 'head')])
+def test_the_tree_is_of_the_released_features(name, layer):
+    "Where the released code takes them, and the same whatever dropout leaves"
+    model = create_segmenter(name, 3, **({} if name.startswith('hrnet') else dict(decoder_dim=32)), dropout=.5)
+    found, channels = _tree_input(model)
+    assert found is model.decoder.get_submodule(layer)
+    seen = []
+    found.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    x = torch.randn(2, 3, 64, 64)
+    a, b = model(x), model(x)
+    assert torch.equal(*seen) and seen[0].shape[1] == channels and not torch.equal(a, b)
 
 
 def test_what_counts(source):
