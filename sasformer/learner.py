@@ -348,7 +348,8 @@ def poly_schedule(
     warmup:float=0., # Share of the training over which it rises linearly from (almost) 0
 ):
     "A function of the share of the training done: `lr`·(1-t)^`power`, after a linear warm-up"
-    return lambda t: lr*max(1-t, 0.)**power*(min(1., (t+1e-3)/(warmup+1e-3)) if warmup else 1.)
+    first = min(1e-3, warmup/100)   # not 0: the first step is one, too
+    return lambda t: lr*max(1-t, 0.)**power*(min(1., (t+first)/(warmup+first)) if warmup else 1.)
 
 @patch
 def fit_poly(self:Learner,

@@ -276,7 +276,7 @@ _paper = dict(data='voc2012', model='segformer_mit_b4', weights='nvidia/mit-b4',
 _tel = dict(_paper, method='tel', model='deeplabv3plus_resnet101', weights='timm', last_stride=None)
 _tel_blocks = dict(_tel, model='hrnet_hrnet_w48', annotation='block10', head_lr=1.)
 _afa = dict(annotation='tag', method='afa', model='segformer_mit_b1', weights='nvidia/mit-b1', last_stride=1, size=512,
-            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=10, num_workers=4)
+            opt='adamw', lr=6e-5, head_lr=10., no_decay=False, power=1., validate_every=1, num_workers=4)
 _simformer = dict(method='simformer', model='maskformer_resnet50.tv_in1k', weights='timm', bs=8, opt='adamw', lr=1e-5,
                   head_lr=10., wd=1e-4, clip=.01, warmup=0., validate_every=10, num_workers=4)
 _cocostuff = dict(_simformer, data='cocostuff10k', size=640, iterations=60_000, scale_min=.67, scale_max=2.,
@@ -302,7 +302,7 @@ RECIPES = dict(
     # the form that served best where both were measured, see paper/when_it_helps
     folder=dict(data='folder', options='sasformer:form=released', size=256, epochs=50, lr=5e-4, validate_every=5),
     voc2012_scribble=dict(_paper, annotation='scribble'),
-    voc2012_point=dict(_paper, annotation='point', options='sasformer:form=released,alpha=0.2'),
+    voc2012_point=dict(_paper, annotation='point', options='sasformer:form=paper,alpha=0.2'),
     tel_voc2012_scribble=dict(_tel, annotation='scribble'),
     tel_voc2012_point=dict(_tel, annotation='point'),
     tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
