@@ -180,7 +180,7 @@ def propagate_maps(
 # %% ../nbs/23_afa.ipynb #2f9bd8aa
 class AFALoss(LossTerm):
     "Adds L_cls + `segmentation`·L_seg + `affinity`·L_aff to the loss of a `Learner`"
-    auxiliary = 'afa'
+    auxiliary, from_tags = 'afa', True
 
     def __init__(self,
         segmentation:float=.1,     # Weight of L_seg

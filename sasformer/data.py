@@ -18,7 +18,7 @@ from fastai.vision.all import (TfmdDL, DataLoaders, TensorBase, TensorImage, Ten
                                rank_distrib, num_distrib, imagenet_stats)
 import textwrap
 from .annotations import UNLABELLED, PADDING, allow_megapixels, image_tags, parse_annotation
-from .datasets import Source, open_bands, open_image, picture, three_of
+from .datasets import Source, as_rgb, open_bands, open_image, picture, three_of
 
 # %% ../nbs/02_data.ipynb #467ad79f
 class Geometry:
@@ -347,10 +347,11 @@ def pixels(
 )->np.ndarray:    # (H, W, 3) uint8, upright; float32 where the model takes another number of channels
     "An image as an array, or an error where a model cannot take it"
     n, file = len(statistics_of(model)[0]), isinstance(image, (str, Path))
-    if file: image = open_image(image) if n == 3 else open_bands(image, n)
+    black_white = getattr(model, 'value_range', None)   # as the model's training read its files
+    if file: image = open_image(image, black_white) if n == 3 else open_bands(image, n)
     if n == 3 and isinstance(image, Image.Image):   # copied only where need be: some are of a hundred million pixels
         if image.getexif().get(0x0112, 1) > 1: image = ImageOps.exif_transpose(image)
-        if image.mode != 'RGB': image = image.convert('RGB')
+        image = as_rgb(image, black_white)
     x = np.asarray(image)
     if x.ndim != 3 or x.shape[2] != n or (x.dtype != np.uint8 if n == 3 else x.dtype.kind not in 'uif'):
         raise ValueError(f"expected {'a uint8' if n == 3 else 'an'} array (H, W, {n}), got {x.dtype} {x.shape}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'KINDS', 'SCENE_CLASSES', 'SCENE_PALETTE', 'PHANTOM_CLASSES', 'PHANTOM_PALETTE', 'LayoutError',
-           'open_image', 'open_bands', 'picture', 'three_of', 'Source', 'published_classes', 'weak_shot_split',
-           'weak_shot', 'read_tags', 'write_tags', 'MaskFolder', 'colour_map', 'folder', 'black_white', 'draw_scene',
-           'scenes', 'draw_phantom', 'phantoms']
+           'as_rgb', 'open_image', 'open_bands', 'picture', 'three_of', 'Source', 'published_classes',
+           'weak_shot_split', 'weak_shot', 'read_tags', 'write_tags', 'MaskFolder', 'colour_map', 'folder',
+           'black_white', 'draw_scene', 'scenes', 'draw_phantom', 'phantoms']
 
 # %% ../nbs/01_datasets.ipynb #acc856d5
 import csv, difflib, importlib, inspect, io, json, os, re, shutil, sys, tempfile, unicodedata, warnings, zlib
@@ -58,6 +58,17 @@ def _eight_bits(im, value_range):
     return Image.fromarray((((a-low)/(high-low)).clip(0, 1)*255).round().astype(np.uint8))
 
 # %% ../nbs/01_datasets.ipynb #5f38a723
+def as_rgb(
+    im:Image.Image,    # Upright
+    value_range=None,  # As for `open_image`
+)->Image.Image:        # The same one where it is RGB already
+    "A Pillow image as RGB of 8 bits a channel"
+    if im.mode[0] in 'IF': im = _eight_bits(im, value_range)
+    if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
+        im = im.convert('RGBA')
+        im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    return im if im.mode == 'RGB' else im.convert('RGB')
+
 def open_image(
     path,              # Image file
     value_range=None,  # Of more than 8 bits: the value that is black, and the one that is white; None: 0, 65535
@@ -67,15 +78,11 @@ def open_image(
         with opened(path) as im:
             deep = _sixteen_bits(im, path) if value_range and _colour16(im) else None
             ImageOps.exif_transpose(im, in_place=True)   # reads the pixels too; a copy of a large image is dear
-            if im.mode[0] in 'IF': im = _eight_bits(im, value_range)
             if deep is not None:
                 rgb = _eight_bits(deep[..., :3], value_range)
                 if im.mode == 'RGBA': rgb.putalpha(im.getchannel(3))
                 im = rgb
-            if im.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in im.info:
-                im = im.convert('RGBA')
-                im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-            return im if im.mode == 'RGB' else im.convert('RGB')
+            return as_rgb(im, value_range)
     except FileNotFoundError: raise LayoutError(f"{path}: no such image") from None
 
 # %% ../nbs/01_datasets.ipynb #bands002
@@ -281,6 +288,10 @@ def mask(self:Source,
     id:str,         # One of `splits`
 )->np.ndarray:      # (H, W) uint8: class ids, 255 = void
     "The dense mask"
+    if id in self.images and id not in self.masks:
+        raise LayoutError(f"{self.root or self.name}: no mask for {id!r}, nor for "
+                          f"{sum(i not in self.masks for i in self.images)-1} others of {len(self.images)} images: "
+                          "annotation='best' takes the best label that each image has")
     x = self._get(self.masks, id, 'mask')
     if not isinstance(x, Path): return self._seen(id, x.copy())
     if not x.exists(): raise LayoutError(f"{x}: no such mask")
@@ -338,8 +349,9 @@ def _all_classes(self:Source, id, spec, sim, kind, options):
         m = reader(id, shape=self.shape(id), **options)
         return check_label_map(m, len(self.classes), name=f"{self.name}, {kind} of {id}")
     if self.mask_kind != 'dense':
-        raise AnnotationError(f"{spec!r}: the masks of {self.name} are themselves {self.mask_kind}; "
-                              f"it has {', '.join(self.released)} and nothing dense to simulate from")
+        there = [*self.released, *(['tag'] if self.tag_table else [])]
+        raise AnnotationError(f"{spec!r}: {self.root or self.name} has no masks to take it from; it has labels of the kind "
+                              f"{', '.join(there) or 'none'}: --annotation {there[0] if there else 'dense'}")
     return self.mask(id) if kind == 'dense' else simulate(self.mask(id), (kind, options), id)
 
 # %% ../nbs/01_datasets.ipynb #7f0c802b
@@ -734,7 +746,8 @@ def _class_names(path, classes):
                               "first is class 0, the next 1, …), or name their file: --data folder:classes=FILE")
         classes = found[0]
     if not isinstance(classes, (str, Path)): return list(classes)
-    file = Path(classes)
+    beside = path is not None and (path/classes).is_file()   # as tags= and colours= are; else from where we are
+    file = path/classes if beside else Path(classes)
     names = _lines(file, 'class names, one a line')
     if not names: raise LayoutError(f"{file}: is empty; expected class names, one a line in id order")
     blank = [n for n, line in enumerate(read_text(file).rstrip().splitlines(), 1) if not line.strip()]
@@ -852,7 +865,7 @@ def folder(
                                                for k in range(len(classes))]
     src = Source(name, path, classes, {}, files, dense, palette, released, lut, kind if masks else 'absent',
                  colours=colours, value_range=value_range, mixed=True, channels=channels, shown=tuple(shown) or None)
-    notes += _unread(path, images[0], parts, mask_dir)
+    notes += _unread(path, images[0], parts, mask_dir, channels)
     return _with_splits(src, parts, val, seed, tags, notes)
 
 # %% ../nbs/01_datasets.ipynb #folder02
@@ -868,10 +881,10 @@ def _labels(path, sub, kw, parts, notes):
     return {k: f for k, f in found.items() if k in files}
 
 # %% ../nbs/01_datasets.ipynb #e72c6ba0
-def _unread(path, images, parts, masks):
+def _unread(path, images, parts, masks, channels=3):
     "What lies in a folder and is not read, in words"
     dirs, notes = {f.parent for p in parts.values() for f in p.values()}, []
-    known = *IMAGE_SUFFIXES, '.txt', '.csv', '.json', '.xml'
+    known = *IMAGE_SUFFIXES, '.txt', '.csv', '.json', '.xml', *(['.npy'] if channels != 3 else [])
     other = [f for d in sorted(dirs) for f in sorted(d.iterdir())
              if f.is_file() and not f.name.startswith('.') and f.suffix.lower() not in known]
     if other: notes.append(f"no images by their endings, left out: {len(other)} files, such as {other[0]}")

@@ -224,12 +224,12 @@ def _show_progress(done, size):
 
 def _listed(name):
     "One line on a data set: what can be fetched, of what size, under which terms"
-    if name in BUILT_IN: return f"{name:<11}made here in seconds"
-    if name not in DOWNLOADS: return f"{name:<11}by hand: see data/README.md"
+    if name in BUILT_IN: return f"{name:<14}made here in seconds"
+    if name not in DOWNLOADS: return f"{name:<14}by hand: see data/README.md"
     a = DOWNLOADS[name]
     size = f"{a.bytes/1e9:.1f} GB" if a.bytes else 'size unknown'
     checked = (a.checksum or 'no checksum (length only)').partition(':')[0]
-    return f"{name:<11}{size}, {checked}, terms: {a.terms}\n{'':<11}{a.url}"
+    return f"{name:<14}{size}, {checked}, terms: {a.terms}\n{'':<14}{a.url}"
 
 # %% ../nbs/04_downloads.ipynb #4045fe40
 def download_cli(

@@ -65,7 +65,7 @@ def export_onnx(
     if palette is not None: palette = np.asarray(palette).tolist()
     mean, std = statistics_of(model)
     about = dict(classes=classes, palette=palette, config=model.config, shown=getattr(model, 'shown', None),
-                 val_scale=getattr(model, 'val_scale', 1.),
+                 val_scale=getattr(model, 'val_scale', 1.), value_range=getattr(model, 'value_range', None),
                  mean=list(map(float, mean)), std=list(map(float, std)))
     proto.metadata_props.add(key='sasformer', value=json.dumps(about))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class OnnxSegmenter(nn.Module):
         if about is None: raise ValueError(f"{path}: is no segmenter that export_onnx wrote: its metadata lacks it")
         about = json.loads(about)
         self.classes, self.config, self.shown = about['classes'], about['config'], about.get('shown')
-        self.val_scale = about.get('val_scale', 1.)
+        self.val_scale, self.value_range = about.get('val_scale', 1.), about.get('value_range')
         n = (self.config or {}).get('in_chans', 3)
         # as the segmenter's, so that padding is of the mean colour; older files do not say them
         self.mean, self.std = tuple(about.get('mean', (0.,)*n)), tuple(about.get('std', (1/255,)*n))

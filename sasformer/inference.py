@@ -121,6 +121,7 @@ def multi_scale_logits(
 )->torch.Tensor:          # Logarithm of the mean probabilities, (B, C, *size), float32
     "Class probabilities averaged over scales and mirror images"
     if not len(scales): raise ValueError('scales is empty: expected at least one factor')
+    if not all(0 < s < math.inf for s in scales): raise ValueError(f'scales={tuple(scales)}: expected factors above 0')
     if form not in ('default', 'released'): raise ValueError(f'form={form!r}: expected default or released')
     size, total = tuple(size or x.shape[-2:]), None
     if form == 'released':
@@ -302,7 +303,7 @@ def _opener(model, value_range):
                          'normalised by its own mean and spread')
     return partial(open_bands, channels=n)
 
-def _find_images(images, on_error, opener=open_image):
+def _find_images(images, on_error, opener=open_image, suffixes=IMAGE_SUFFIXES):
     "Readable images by stem, and the rest with a reason; every image is decoded once, so that nothing fails half way"
     if on_error not in ('raise', 'skip'): raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'skip'")
     folder = isinstance(images, (str, Path)) and Path(images).is_dir()
@@ -313,8 +314,8 @@ def _find_images(images, on_error, opener=open_image):
         except (ValueError, OSError) as e: return e
     found, skipped, wanted = {}, {}, []
     for f in files:
-        if not folder or not (f.is_dir() or f.suffix.lower() not in IMAGE_SUFFIXES): wanted.append(f)
-        else: skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
+        if not folder or f.is_file() and f.suffix.lower() in suffixes and not f.name.startswith('.'): wanted.append(f)
+        elif not f.name.startswith('.'): skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
     with ThreadPoolExecutor(4) as pool: problems = list(pool.map(problem, wanted))
     for f, e in zip(wanted, problems):
         if e is not None:
@@ -355,14 +356,16 @@ def predict_folder(
     alpha:float=.5,         # Weight of the colour in overlays
     overwrite:bool=False,   # Replace files that are there
     on_error:str='raise',   # Unreadable image: 'raise' before any work, or 'skip' and say so in the report
-    value_range=None,       # Of more than 8 bits, see `open_image`
+    value_range=None,       # Of more than 8 bits, see `open_image`; None: as the model's training read its images
     progress=True,          # Show a progress bar; or a function that wraps the images
     **kw,                   # To `predict_image`: `scales`, `flip`, `crf`, `form`, `window`, `dtype`, …
 )->FolderReport:
     "Write a palette PNG mask, upright and of the image's size, and an overlay for every image"
     palette, shown = voc_palette() if palette is None else palette, getattr(model, 'shown', None)
+    if value_range is None: value_range = getattr(model, 'value_range', None)
     opener = _opener(model, value_range)
-    found, skipped = _find_images(images, on_error, opener)
+    suffixes = (*IMAGE_SUFFIXES, '.npy') if len(statistics_of(model)[0]) != 3 else IMAGE_SUFFIXES
+    found, skipped = _find_images(images, on_error, opener, suffixes)
     masks, pictures, key = _outputs(found, Path(out), overlays, classes, overwrite)
     picture_key = legend(classes, palette) if key else None
     (Path(out)/'overlays' if overlays else Path(out)).mkdir(parents=True, exist_ok=True)

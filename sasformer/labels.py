@@ -115,6 +115,7 @@ def label_reader(
     if background is not None:
         raise ValueError(f"--background {background}: only for points (.json), {source} holds scribbles")
     if source.is_dir() and any(source.glob('*.png')):
+        if within: raise ValueError(f"--within {within}: only for ScribbleSup XML, {source} holds PNG label maps")
         files = _listing(source, 'label maps', ('.png',))
         return list(files), lambda i, width, shape: read_label_map(files[i], names and len(names), shape)
     r = ScribbleXML(source, names or SCRIBBLE_TAGS, within, outside)
@@ -382,7 +383,7 @@ def run_pseudo(o):
     from sasformer.tag_labels import load_afa, write_tag_labels
     src = open_data(o.model, o.data, o.path)
     if o.split not in src.splits: raise ValueError(f"--split {o.split}: {src.name} has {', '.join(src.splits)}")
-    free_to_write([o.out/f'{i}.png' for i in src.splits[o.split]], o.overwrite)
+    free_to_write([o.out/f'{i}.png' for i in src.splits[o.split]], o.overwrite, source_files(src))
     model, options = load_afa(o.model, o.device)
     same_classes(model, src)
     if o.thresholds: options['thresholds'] = o.thresholds

@@ -8,7 +8,8 @@ __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntr
            'EpochLines', 'at_scale', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed',
            'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged',
            'UseSampleOrder', 'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter',
-           'start_from', 'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'rows_to_csv']
+           'start_from', 'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'images_digest',
+           'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -24,7 +25,7 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
                                ProgressCallback, GradientClip, ChannelsLast, MixedPrecision, CancelValidException,
                                CancelEpochException, mk_metric, rank_distrib)
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
-from .annotations import UNLABELLED, PADDING, replacing, write_json
+from .annotations import UNLABELLED, PADDING, parse_annotation, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
 from .data import ALIASED_BELOW, ToModel, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
@@ -361,6 +362,9 @@ def fit_poly(self:Learner,
     wd=None, cbs=None):
     "Train with polynomial decay, as the paper does"
     if (iterations is None) == (epochs is None): raise ValueError("fit_poly needs either iterations or epochs")
+    for name, n in dict(iterations=iterations, epochs=epochs).items():
+        if n is not None and n < 1: raise ValueError(f"{name}={n}: expected 1 or more")
+    if not 0 <= warmup <= 1: raise ValueError(f"warmup={warmup}: expected a share of the training, from 0 to 1")
     epochs = epochs or math.ceil(iterations/len(self.dls.train))
     if self.opt is None: self.create_opt()
     self.opt.set_hypers(lr=self.lr if lr is None else lr)
@@ -545,6 +549,9 @@ def sparse_learner(
         raise ValueError(f"{ignored} is of the labelled pixels' loss, and {instead} takes the place of that: "
                          "leave it out")
     src = dls.train.dataset.src
+    if parse_annotation(dls.train.dataset.annotation.removeprefix('sim_'))[0] == 'tag' \
+       and not any(getattr(cb, 'from_tags', False) for cb in [*L(method), *L(cbs)]):
+        raise ValueError("annotation='tag' labels no pixel: train with a method that learns from tags, such as afa")
     if class_weights is not None and len(class_weights) != len(src.classes):
         raise ValueError(f"class_weights: {len(class_weights)} numbers, expected one for each of the "
                          f"{len(src.classes)} classes")
@@ -555,7 +562,7 @@ def sparse_learner(
         model = _segmenter(model, len(src.classes), kwargs)
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
     _use_channels(model, src)
-    model.val_scale = val_scale   # predictions look so too
+    model.val_scale, model.value_range = val_scale, src.value_range   # predictions look so too
     if dls.device is not None: model.to(dls.device)
     _normalise_for(model, dls)
     callbacks = _callbacks(seed, channels_last, machine.precision, validate_every, val_scale, order, clip)
@@ -635,7 +642,8 @@ def save_segmenter(
     palette = np.asarray(palette).tolist() if palette is not None else None
     write_json(folder/'model.json', dict(config=model.config, classes=list(classes or []), palette=palette,
                                          mean=model.mean, std=model.std, shown=model.shown,
-                                         val_scale=getattr(model, 'val_scale', 1.)))
+                                         val_scale=getattr(model, 'val_scale', 1.),
+                                         value_range=getattr(model, 'value_range', None)))
 
 # %% ../nbs/31_learner.ipynb #2e409b3b
 def load_segmenter(
@@ -661,7 +669,7 @@ def load_segmenter(
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
-    model.shown, model.val_scale = meta.get('shown'), meta.get('val_scale', 1.)
+    model.shown, model.val_scale, model.value_range = meta.get('shown'), meta.get('val_scale', 1.), meta.get('value_range')
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #startfr1
@@ -788,13 +796,19 @@ def check_run(
     return state
 
 # %% ../nbs/31_learner.ipynb #d0ae896b
+def images_digest(
+    train,   # Ids of the images to train on
+    valid,   # Ids of those to validate on
+)->dict:
+    "How many they are, and a digest of their names"
+    names = '\n'.join([*map(str, train), '', *map(str, valid)])
+    return dict(images=f'{len(train)}+{len(valid)}', digest=hashlib.sha256(names.encode()).hexdigest()[:16])
+
 @patch
 def _data(self:RunFolder):
-    "What a run must find again: its classes, and a digest of its images' names"
+    "What a run must find again: its classes and its images"
     train, valid = (dl.dataset for dl in self.dls.loaders[:2])
-    names = '\n'.join([*map(str, train.ids), '', *map(str, valid.ids)])
-    return dict(classes=list(map(str, train.src.classes)), images=f'{len(train.ids)}+{len(valid.ids)}',
-                digest=hashlib.sha256(names.encode()).hexdigest()[:16])
+    return dict(classes=list(map(str, train.src.classes)), **images_digest(train.ids, valid.ids))
 
 # %% ../nbs/31_learner.ipynb #6b92c976
 @patch
@@ -893,7 +907,7 @@ def _finish(self:RunFolder):
         **self._environment,
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'),
         best_miou=self.best if self.best >= 0 else None, validated_on=self.validated_on,
-        iou=dict(zip(self.dls.train.dataset.src.classes, self.iou)), curve=self.rows))
+        data=images_digest(*(dl.dataset.ids for dl in self.dls.loaders[:2])), iou=dict(zip(self.dls.train.dataset.src.classes, self.iou or ())), curve=self.rows))
 
 # %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):

@@ -774,6 +774,7 @@ def _run(o):
 # %% ../nbs/65_paper.ipynb #4dc3d00a
 def _show(o):
     for t in o.table:
+        if t not in TABLES: raise ValueError(f"no table {t!r}, expected one of {', '.join(TABLES)}")
         df = paper_table(t, o.results, o.size)
         print(TABLES[t].title)
         print(df.to_string(float_format='%.2f', na_rep='', index_names=False))

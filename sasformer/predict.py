@@ -11,7 +11,7 @@ from pathlib import Path
 from .programs import program
 from .annotations import allow_megapixels
 from .datasets import black_white
-from .evaluate import at_size, inference_options, open_model, run_value_range
+from .evaluate import at_size, inference_options, open_model
 
 # %% ../nbs/62_predict.ipynb #66ad8b84
 def share(s):
@@ -71,7 +71,7 @@ def main(args=None):
     print(f"predicting on {machine}, {at_size(scales)}", flush=True)
     try:
         done = predict_folder(model, o.images, o.out, model.palette, model.classes or None, o.overlay, o.alpha,
-                              o.overwrite, o.on_error, value_range=o.value_range or run_value_range(o.model),
+                              o.overwrite, o.on_error, value_range=o.value_range,
                               scales=scales, flip=o.flip, crf=o.crf, form=o.form,
                               window=o.window, dtype=machine.dtype)
     except FileExistsError as e: p.error(str(e).replace('give overwrite=True', 'give --overwrite'))

@@ -36,6 +36,7 @@ class LossTerm(Callback):
     labelled_weight = 1.   # Of the loss of the labelled pixels while the terms count; a method that replaces it says 0
     sample_order = None    # A method that needs its own defines `sample_order(self, dataset)`: the indices of an epoch
     auxiliary = None       # Name in `model.auxiliary` of layers that only these terms train, see `attach`
+    from_tags = False      # Does it teach where no pixel is labelled, from the images' tags?
     attached = None        # Those layers, once they are there
     pseudo_label = None    # Label map that a method makes in a step, for terms of a higher `order`, (B, H, W)
 

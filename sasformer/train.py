@@ -297,7 +297,7 @@ def main(args=None):
     from sasformer.machine import stop_processes
     matplotlib.use('Agg')
     names = '+'.join(r.methods) or 'baseline'
-    out = out or Path('runs')/f"{r.data.partition(':')[0]}_{r.annotation.replace(':', '_')}_{names}_seed{r.seed}"
+    out = out or Path('runs')/f"{r.data.partition(':')[0]}_{re.sub('[:/]', '_', r.annotation)}_{names}_seed{r.seed}"
     if resume and not (out/'state.pt').exists():
         print(f"{out} holds no state to go on from: starting at the first epoch")
     try:

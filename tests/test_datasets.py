@@ -320,7 +320,8 @@ def test_sparse_masks_as_masks(plain):
     src = folder(plain, kind='scribble')
     assert (src.annotation('a', 'scribble') == src.mask('a')).all()
     for spec in ('point', 'sim_scribble', 'dense'):
-        with pytest.raises(AnnotationError, match='nothing dense to simulate from'): src.annotation('a', spec)
+        with pytest.raises(AnnotationError, match='no masks to take it from; it has labels of the kind scribble'):
+            src.annotation('a', spec)
 
 def test_only_sparse_masks(plain):
     (plain/'masks').rename(plain/'point')

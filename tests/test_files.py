@@ -379,12 +379,11 @@ def test_what_predictions_are_compared_with(tmp_path):
     assert labels_of(p, folder(p), 'val') == 'dense'
     assert labels_of(p, folder(tmp_path/'sparse'), 'val') == 'scribble:width=3'
 
-def test_prediction_knows_the_range_of_the_run(tmp_path):
-    from sasformer.evaluate import open_data, run_value_range
+def test_evaluation_knows_the_options_of_the_run(tmp_path):
+    from sasformer.evaluate import open_data
     p = dataset(tmp_path)
     settings = '{"recipe": {"data": "folder:value_range=0+4095,val=0.5", "path": "%s"}}'
     (p/'settings.json').write_text(settings % p)
-    assert run_value_range(p) == (0, 4095) and run_value_range(tmp_path/'images') is None
     for data in (None, 'folder'): assert len(open_data(p, data).splits['val']) == 3   # with the options of the run
     src = open_data(p, 'folder:value_range=0+99')
     assert src.value_range == (0, 99) and len(src.splits['val']) == 1

@@ -7,13 +7,13 @@ from fastai.callback.core import Callback
 from PIL import Image
 from timm.layers import BatchNormAct2d
 import sasformer.sasformer as sf
-from sasformer import downloads, labels, measure
+from sasformer import downloads, evaluate, labels, measure, train
 from sasformer.afa import AFALoss
 from sasformer.annotate import LabelSet, Training, set_classes, set_folder
 from sasformer.annotations import AnnotationError, draw_lines, image_seed, read_label_map, write_label_map
-from sasformer.data import sparse_dataloaders
+from sasformer.data import pixels, sparse_dataloaders
 from sasformer.datasets import LayoutError, Source, folder, open_bands, scenes, write_tags
-from sasformer.inference import image_tensor, multi_scale_logits, predict_image, scales_of
+from sasformer.inference import image_tensor, multi_scale_logits, predict_folder, predict_image, scales_of
 from sasformer.label_tools import box_mask, polygon_mask, run_mask
 from sasformer.learner import (CPUSyncBatchNormAct, focal_loss, load_segmenter, parameter_groups, save_segmenter,
                                sparse_learner)
@@ -263,7 +263,7 @@ def test_bench_on_another_device_is_refused():
             getattr(measure, f'bench_{what}')(SimpleNamespace(device='cuda'))
 
 def test_afa_given_to_a_fit():
-    learn = learner('tag', 'baseline')
+    learn = learner('scribble', 'baseline')
     with pytest.raises(RuntimeError, match='AFALoss trains layers of its own: pass it when the learner is made'):
         quietly(learn.fit, 1, cbs=AFALoss())
 
@@ -305,3 +305,100 @@ def test_a_finished_training_teaches_whatever_the_scales_of_its_labels():
     again = recipe('simformer_ade20k_1', path='ADE', self_train=True)
     assert len(again.settings()['pseudo_scales']) == 5
     assert dataclasses.replace(again, self_train=False).settings() == first.settings()
+
+@pytest.fixture
+def tagged(tmp_path):
+    "Photographs with tags and no mask"
+    rng, root = np.random.default_rng(0), tmp_path/'tagged'
+    (root/'images').mkdir(parents=True)
+    for i in range(6): Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(root/f'images/{i}.png')
+    (root/'codes.txt').write_text('background\ncow\nsky\n')
+    (root/'tags.csv').write_text('image,tags\n'+''.join(f'{i},{"cow" if i%2 else "sky"}\n' for i in range(6)))
+    return root
+
+TAGS = '--annotation tag --size 64 --bs 4 --epochs 1 --precision fp32 --device cpu'.split()
+AFA = ['--model', 'segformer_test_resnet', '--method', 'afa:affinity=0,labels_from=0,cam_scales=1']
+
+def test_tags_alone_without_a_mask_to_measure_with(tagged, tmp_path, capsys):
+    "A run ends without an mIoU; its label maps replace no file of the set; what was measured on is noticed"
+    said = refused(train.main, ['--data', 'folder', '--path', str(tagged), '--out', str(tmp_path/'scribbles')], capsys)
+    assert f"{tagged} has no masks to take it from; it has labels of the kind tag: --annotation tag" in said
+    train.main(['--data', 'folder', '--path', str(tagged), *TAGS, *AFA, '--out', str(tmp_path/'run')])
+    result = json.loads((tmp_path/'run/result.json').read_text())
+    assert result['miou'] is None and result['iou'] == {} and (tmp_path/'run/examples.png').exists()
+    pseudo = ['pseudo', str(tmp_path/'run'), '--stage', 'cam', '--out']
+    photograph = (tagged/'images/0.png').read_bytes()
+    assert refused(labels.main, [*pseudo, str(tagged/'images'), '--overwrite'], capsys).endswith('for --out')
+    assert photograph == (tagged/'images/0.png').read_bytes()
+    labels.main([*pseudo, str(tagged/'masks')])
+    capsys.readouterr()
+    evaluate.main([str(tmp_path/'run')])
+    assert 'the images or their split have changed since the training' in capsys.readouterr().out
+    said = refused(train.main, ['--data', 'folder', '--path', str(tagged), '--annotation', 'dense', '--method', 'baseline',
+                                '--size', '64', '--out', str(tmp_path/'dense')], capsys)
+    assert f"{tagged}: no mask for" in said and "annotation='best'" in said
+
+def refused(main, args, capsys):
+    "The one line with which a program ends"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as e: main(args)
+    said = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and '\n' not in said
+    return said
+
+@pytest.mark.parametrize('method', ['baseline', 'sasformer', 'tel+crf'])
+def test_tags_need_a_method_that_learns_from_them(tagged, tmp_path, method, capsys):
+    args = ['--data', 'folder', '--path', str(tagged), *TAGS, '--method', method, '--out', str(tmp_path/'run')]
+    assert 'a method that learns from tags, such as afa' in refused(train.main, args, capsys)
+
+def test_the_range_of_values_stays_with_the_model(tmp_path):
+    "Photographs of 12 bits: the learner, a file of the model, a path and a Pillow image give one prediction"
+    rng = np.random.default_rng(0)
+    for kind in ('images', 'masks'): (tmp_path/kind).mkdir()
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 4096, (40, 48), np.uint16)).save(tmp_path/f'images/{i}.png')
+        write_label_map(tmp_path/f'masks/{i}.png', rng.integers(0, 2, (40, 48), np.uint8))
+    (tmp_path/'codes.txt').write_text('a\nb\n')
+    src = folder(tmp_path, value_range='0+4095')
+    learn = sparse_learner(sparse_dataloaders(src, 'dense', size=32, bs=2, device='cpu'), 'segformer_test_resnet',
+                           decoder_dim=16)
+    save_segmenter(learn.model, tmp_path/'run', classes=src.classes)
+    model, file = load_segmenter(tmp_path/'run'), tmp_path/'images/0.png'
+    seen = pixels(src.image('0'), model)
+    assert seen.std() > 60
+    for image in (file, Image.open(file)): assert np.array_equal(pixels(image, model), seen)
+    torch.testing.assert_close(learn.predict(file)[2], learn.predict(src.image('0'))[2])
+
+def test_pillow_images_are_read_as_their_files(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 65536, (9, 7), np.uint16)).save(tmp_path/'grey16.png')
+    Image.fromarray(rng.integers(0, 256, (9, 7, 4), np.uint8)).save(tmp_path/'rgba.png')
+    for file in tmp_path.glob('*.png'): assert np.array_equal(pixels(file), pixels(Image.open(file))), file
+
+def test_folders_of_arrays_and_of_hidden_files(tmp_path, model):
+    for sub in ('npy', 'png', 'out'): (tmp_path/sub).mkdir()
+    np.save(tmp_path/'npy/a.npy', np.random.default_rng(0).random((40, 48, 5), np.float32))
+    five = create_segmenter('segformer_test_resnet', 3, decoder_dim=16, in_chans=5).eval()
+    five.mean, five.std = (.5,)*5, (.2,)*5
+    assert [f.name for f in predict_folder(five, tmp_path/'npy', tmp_path/'out', progress=False, overlays=False).masks] == ['a.npy']
+    Image.new('RGB', (40, 40)).save(tmp_path/'png/b.png')
+    (tmp_path/'png/._b.png').write_bytes(b'of macOS')
+    report = predict_folder(model, tmp_path/'png', tmp_path/'out', progress=False, overlays=False)
+    assert [f.name for f in report.masks] == ['b.png'] and not report.skipped
+
+def test_names_of_classes_beside_the_data(tmp_path, monkeypatch):
+    "A file that the data's folder holds is found from anywhere"
+    for kind in ('images', 'masks'): (tmp_path/kind).mkdir()
+    for i in range(6):
+        Image.new('RGB', (8, 8)).save(tmp_path/f'images/{i}.png')
+        write_label_map(tmp_path/f'masks/{i}.png', np.zeros((8, 8), np.uint8))
+    (tmp_path/'names.txt').write_text('a\nb\n')
+    monkeypatch.chdir('/')
+    assert folder(tmp_path, classes='names.txt').classes == ['a', 'b']
+
+def test_factors_and_lengths_that_are_none(model, image):
+    for scales in ((0,), (-1,), (float('nan'),)):
+        with pytest.raises(ValueError, match='expected factors above 0'): predict_image(model, image, scales)
+    learn = learner('scribble', 'baseline')
+    with pytest.raises(ValueError, match='epochs=0: expected 1 or more'): learn.fit_poly(epochs=0)
+    with pytest.raises(ValueError, match='warmup=5: expected a share'): learn.fit_poly(epochs=1, warmup=5)
