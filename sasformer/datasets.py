@@ -350,8 +350,8 @@ def _all_classes(self:Source, id, spec, sim, kind, options):
         return check_label_map(m, len(self.classes), name=f"{self.name}, {kind} of {id}")
     if self.mask_kind != 'dense':
         there = [*self.released, *(['tag'] if self.tag_table else [])]
-        raise AnnotationError(f"{spec!r}: {self.root or self.name} has no masks to take it from; it has labels of the kind "
-                              f"{', '.join(there) or 'none'}: --annotation {there[0] if there else 'dense'}")
+        raise AnnotationError(f"{spec!r}: {self.root or self.name} has no masks to take it from; it has labels of the "
+                              f"kind {', '.join(there) or 'none'}: --annotation {there[0] if there else 'dense'}")
     return self.mask(id) if kind == 'dense' else simulate(self.mask(id), (kind, options), id)
 
 # %% ../nbs/01_datasets.ipynb #7f0c802b

@@ -147,8 +147,8 @@ def other_images(
     except (OSError, ValueError): return None
     now = images_digest(src.splits['train'], src.splits['val'])
     if not then or then == now: return None
-    return (f"{src.root or src.name}: the images or their split have changed since the training ({then['images']} to train and "
-            f"validate on then, {now['images']} now): it may have seen some of those that are measured")
+    return (f"{src.root or src.name}: the images or their split have changed since the training ({then['images']} to "
+            f"train and validate on then, {now['images']} now): it may have seen some of those that are measured")
 
 def same_classes(
     model,  # From `open_model`
@@ -313,7 +313,9 @@ def main(args=None):
         o.scales = o.scales or scales_of(model)
         if first and o.data is None and o.path is None and (note := other_images(o.model, src)): print(note, flush=True)
         groups = open_groups(o.model, src, o.novel)
-        if first: print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}{', '+at_size(o.scales)}", flush=True)
+        if first:
+            print(f"{n} process{'es'*(n>1)} on {machine}; {o.model} on {src.name} {o.split}, {at_size(o.scales)}",
+                  flush=True)
         if o.out: o.out.parent.mkdir(parents=True, exist_ok=True)   # now, not when all the work is done
         start = time.time()
         kw = dict(scales=o.scales, flip=o.flip, progress=first, distributed=n > 1, crf=o.crf, form=o.form,

@@ -187,8 +187,9 @@ def evaluate(
     if src.channels != (n := len(statistics_of(model)[0])):
         raise ValueError(f'the images of {src.name} have {src.channels} channels, the model takes {n}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]
+    if scales is None: scales = scales_of(model)
     for i in _bar(ids, progress):
-        y = multi_scale_logits(model, image_tensor(src.image(i), model), scales or scales_of(model), flip, **kw)
+        y = multi_scale_logits(model, image_tensor(src.image(i), model), scales, flip, **kw)
         labels = src.mask(i) if annotation == 'dense' else src.annotation(i, annotation)
         try: cm.update(y, torch.from_numpy(labels).long()[None].to(y.device))
         except ValueError as e: raise ValueError(f'{src.name}, image {i}: {e}') from e
@@ -234,7 +235,7 @@ def predict_image(
     **kw,             # To `multi_scale_logits`: `crf`, `form`, `multiple`, `window`, `overlap`, `dtype`, `device`
 )->np.ndarray:        # Class ids (H, W), uint8, for the upright image
     "The label map of one photograph; with a window, at scale 1 and without CRF, memory is for one band of scores"
-    scales = scales or scales_of(model)
+    if scales is None: scales = scales_of(model)
     one = tuple(scales) == (1.,) and not kw.get('crf') and kw.get('form', 'default') == 'default'
     if kw.get('window') is not None and one:
         kw = {k: v for k, v in kw.items() if k not in ('crf', 'form')}
@@ -315,7 +316,8 @@ def _find_images(images, on_error, opener=open_image, suffixes=IMAGE_SUFFIXES):
     found, skipped, wanted = {}, {}, []
     for f in files:
         if not folder or f.is_file() and f.suffix.lower() in suffixes and not f.name.startswith('.'): wanted.append(f)
-        elif not f.name.startswith('.'): skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
+        elif not f.name.startswith('.'):
+            skipped[f] = 'a folder, not entered' if f.is_dir() else 'not an image by its extension'
     with ThreadPoolExecutor(4) as pool: problems = list(pool.map(problem, wanted))
     for f, e in zip(wanted, problems):
         if e is not None:

@@ -268,8 +268,7 @@ def at_scale(
     "Images at `scale` times their size, at least 32 pixels"
     if scale == 1: return x
     size = [max(32, round(n*scale)) for n in x.shape[-2:]]
-    return F.interpolate(x, size, mode='bilinear', align_corners=False,
-                         antialias=scale < ALIASED_BELOW)
+    return F.interpolate(x, size, mode='bilinear', align_corners=False, antialias=scale < ALIASED_BELOW)
 
 class ValidateAtScale(Callback):
     "Validation images are looked at at `scale` times their size, at least 32 pixels"
@@ -669,7 +668,8 @@ def load_segmenter(
     model.classes, palette = meta['classes'], meta['palette']
     model.palette = None if palette is None else np.array(palette, np.uint8)
     model.mean, model.std = meta.get('mean'), meta.get('std')   # before November 2026 all were trained with ImageNet's
-    model.shown, model.val_scale, model.value_range = meta.get('shown'), meta.get('val_scale', 1.), meta.get('value_range')
+    model.shown, model.value_range = meta.get('shown'), meta.get('value_range')
+    model.val_scale = meta.get('val_scale', 1.)
     return model.to(device).eval()
 
 # %% ../nbs/31_learner.ipynb #startfr1
@@ -907,7 +907,8 @@ def _finish(self:RunFolder):
         **self._environment,
         seconds=sum(r['seconds'] for r in self.rows), peak_memory_mb=round(peak_memory()), miou=last.get('miou'),
         best_miou=self.best if self.best >= 0 else None, validated_on=self.validated_on,
-        data=images_digest(*(dl.dataset.ids for dl in self.dls.loaders[:2])), iou=dict(zip(self.dls.train.dataset.src.classes, self.iou or ())), curve=self.rows))
+        data=images_digest(*(dl.dataset.ids for dl in self.dls.loaders[:2])),
+        iou=dict(zip(self.dls.train.dataset.src.classes, self.iou or ())), curve=self.rows))
 
 # %% ../nbs/31_learner.ipynb #4fe69a99
 def rows_to_csv(rows):

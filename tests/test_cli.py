@@ -311,8 +311,8 @@ def test_tags_written_counted_and_trained_from(home, tmp_path, capsys):
     assert [int(r['images']) for r in rows] == [sum(c in masks.tags(i) for i in masks.splits['train'])
                                                 for c in range(6)]
     out = tmp_path/'run'
-    train.main(f'--data folder --path {tmp_path} --annotation tag --method afa:affinity=0 --model segformer_test_resnet --epochs 1 '
-               f'--size 64 --bs 4 --device cpu --out {out}'.split())
+    train.main(f'--data folder --path {tmp_path} --annotation tag --method afa:affinity=0 --epochs 1 '
+               f'--model segformer_test_resnet --size 64 --bs 4 --device cpu --out {out}'.split())
     assert json.loads((out/'result.json').read_text())['settings']['annotation'] == 'tag'
 
 

@@ -334,8 +334,8 @@ def test_tags_alone_without_a_mask_to_measure_with(tagged, tmp_path, capsys):
     capsys.readouterr()
     evaluate.main([str(tmp_path/'run')])
     assert 'the images or their split have changed since the training' in capsys.readouterr().out
-    said = refused(train.main, ['--data', 'folder', '--path', str(tagged), '--annotation', 'dense', '--method', 'baseline',
-                                '--size', '64', '--out', str(tmp_path/'dense')], capsys)
+    dense = ['--annotation', 'dense', '--method', 'baseline', '--size', '64', '--out', str(tmp_path/'dense')]
+    said = refused(train.main, ['--data', 'folder', '--path', str(tagged), *dense], capsys)
     assert f"{tagged}: no mask for" in said and "annotation='best'" in said
 
 def refused(main, args, capsys):
@@ -380,7 +380,8 @@ def test_folders_of_arrays_and_of_hidden_files(tmp_path, model):
     np.save(tmp_path/'npy/a.npy', np.random.default_rng(0).random((40, 48, 5), np.float32))
     five = create_segmenter('segformer_test_resnet', 3, decoder_dim=16, in_chans=5).eval()
     five.mean, five.std = (.5,)*5, (.2,)*5
-    assert [f.name for f in predict_folder(five, tmp_path/'npy', tmp_path/'out', progress=False, overlays=False).masks] == ['a.npy']
+    report = predict_folder(five, tmp_path/'npy', tmp_path/'out', progress=False, overlays=False)
+    assert [f.name for f in report.masks] == ['a.npy']
     Image.new('RGB', (40, 40)).save(tmp_path/'png/b.png')
     (tmp_path/'png/._b.png').write_bytes(b'of macOS')
     report = predict_folder(model, tmp_path/'png', tmp_path/'out', progress=False, overlays=False)
