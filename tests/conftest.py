@@ -43,6 +43,7 @@ class Forked:
     def _run(self, f, args, env):
         os.environ.update(CUDA_VISIBLE_DEVICES='', ACCELERATE_USE_CPU='true', **env)
         sys.stdout = sys.stderr = self.log
+        torch.set_num_threads(1)   # OpenMP's threads are not forked, and whoever waits for them waits forever
         random.seed(), np.random.seed(), torch.seed()
         f(*args)
 
