@@ -43,7 +43,7 @@ def random_walk(
     eps:float=.1,     # Holds back columns that have little affinity to anything
 )->Tensor:            # (B, K, h, w)
     "One step of scores along the affinity, with transitions T = M∘A² over their column sums (AFA, eq. 6)"
-    T = affinity**power*window_mask(*scores.shape[-2:], radius, scores.device)
+    T = affinity**power*window_mask(*scores.shape[-2:], radius, scores.device)   # (6)
     T = T/(T.sum(1, keepdim=True)+eps)
     return (scores.flatten(2) @ T).view_as(scores)
 
@@ -120,6 +120,7 @@ class AFAHeads(nn.Module):
 def load_heads(
     model:nn.Module,  # From `load_segmenter`; gets the heads
     path:Path,        # Its `.safetensors` file
+    pooling:str='max',# What they were trained with, see `AFAHeads`
 )->AFAHeads:
     "The heads that were saved with a model; an error where there are none"
     name = 'auxiliary.afa.'
@@ -127,7 +128,7 @@ def load_heads(
         state = {k.removeprefix(name): f.get_tensor(k) for k in f.keys() if k.startswith(name)}
     if not state: raise ValueError(f"{path}: holds no heads of AFA; it was not trained with --method afa")
     n, channels = state['classify.weight'].shape[:2]
-    heads = AFAHeads(channels, n, state['affinity.weight'].shape[1] if 'affinity.weight' in state else 0)
+    heads = AFAHeads(channels, n, state['affinity.weight'].shape[1] if 'affinity.weight' in state else 0, pooling)
     heads.load_state_dict(state)
     model.auxiliary['afa'] = heads.to(next(model.parameters()).device).eval()
     return heads

@@ -122,6 +122,7 @@ class SparseDataset:
         groups:dict|None=None,      # Name → ids of classes that are reported apart; None: base and novel ones
     ):
         if tags_of not in ('image', 'crop'): raise ValueError(f"tags_of={tags_of!r}: expected 'image' or 'crop'")
+        if not 1 <= aspect < 2: raise ValueError(f"aspect={aspect}: expected from 1 to below 2")
         store_attr()
         if groups is None: self.groups = src.groups(annotation)
         self.ids, self.epoch, self.vocab = list(ids), 0, list(src.classes)

@@ -26,7 +26,7 @@ from .machine import with_lines
 from .metrics import ConfusionMatrix
 from .quick import QuickAttention
 from .refine import dense_crf
-from .segmenters import evaluating
+from .segmenters import evaluating, padded
 
 # %% ../nbs/32_inference.ipynb #f898b769
 def image_tensor(
@@ -65,11 +65,10 @@ def predict_logits(
     if window is not None:
         return _resize(_sliding(model, x, window, overlap, multiple=multiple, dtype=dtype), size or x.shape[-2:])
     h, w = x.shape[-2:]
-    # MiT cannot take less than 29 pixels: its first block reduces keys at 1/4 by another 8
-    padded = [max(math.ceil(s/multiple)*multiple, math.ceil(32/multiple)*multiple) for s in (h, w)]
+    wide = [padded(n, multiple) for n in (h, w)]
     with evaluating(model), torch.autocast(x.device.type, dtype, enabled=dtype is not None), QuickAttention():
-        if padded == [h,w]: y = model(x).float()
-        else: y = _resize(model(F.pad(x, (0, padded[1]-w, 0, padded[0]-h))).float(), padded)[...,:h,:w]
+        if wide == [h, w]: y = model(x).float()
+        else: y = _resize(model(F.pad(x, (0, wide[1]-w, 0, wide[0]-h))).float(), wide)[...,:h,:w]
         return _resize(y, size or (h, w), corners)
 
 # %% ../nbs/32_inference.ipynb #c511cb40
@@ -184,6 +183,9 @@ def evaluate(
     if without and annotation == 'dense':
         raise ValueError(f'{src.name}: {len(without)} of the {len(ids)} images of {split!r} have no mask, '
                          f'the first is {without[0]}')
+    if annotation == 'dense' and src.mask_kind != 'dense':
+        raise ValueError(f'{src.name}: its masks hold {src.mask_kind} labels: annotation={src.mask_kind!r} compares '
+                         'with these')
     if src.channels != (n := len(statistics_of(model)[0])):
         raise ValueError(f'the images of {src.name} have {src.channels} channels, the model takes {n}')
     if distributed: ids = ids[dist.get_rank()::dist.get_world_size()]

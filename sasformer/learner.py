@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'focal_loss', 'dice_loss', 'labelled_loss',
-           'PlainTensors', 'PadBatch', 'Autocast', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery', 'clock',
-           'EpochLines', 'at_scale', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed',
-           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged',
-           'UseSampleOrder', 'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter', 'load_segmenter',
-           'start_from', 'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run', 'images_digest',
-           'rows_to_csv']
+           'PlainTensors', 'PadBatch', 'Autocast', 'HalfPrecision', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery',
+           'clock', 'EpochLines', 'at_scale', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct',
+           'Distributed', 'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged',
+           'StopWhereDiverged', 'UseSampleOrder', 'NormaliseForModel', 'check_batch', 'sparse_learner',
+           'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder', 'saved_settings',
+           'remove_unfinished', 'check_run', 'images_digest', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -23,7 +23,7 @@ from safetensors.torch import save_file, load_file
 from fastcore.all import *
 from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrapper, ParamScheduler,
                                ProgressCallback, GradientClip, ChannelsLast, MixedPrecision, CancelValidException,
-                               CancelEpochException, mk_metric, rank_distrib)
+                               CancelEpochException, mk_metric, noop, rank_distrib)
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, parse_annotation, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
@@ -183,7 +183,17 @@ class Autocast(Callback):
     def _leave(self):
         if self.context is not None: self.context.__exit__(None, None, None)
         self.context = None
-    after_loss = after_batch = after_cancel_batch = release = _leave   # batches without labels have no `after_loss`
+    after_loss = after_batch = after_cancel_batch = leave = _leave   # batches without labels have no `after_loss`
+
+class HalfPrecision(MixedPrecision):
+    "fastai's float16 with scaled gradients, whose context ends with every batch, whatever ends that"
+    inside = False
+    def before_batch(self): super().before_batch(); self.inside = True
+    def after_loss(self): super().after_loss(); self.inside = False
+    def leave(self):
+        if self.inside: self.autocast.__exit__(None, None, None)
+        self.inside = False
+    after_batch = after_cancel_batch = leave
 
 # %% ../nbs/31_learner.ipynb #00916177
 class UseQuickAttention(Callback):
@@ -195,13 +205,13 @@ class UseQuickAttention(Callback):
     def _leave(self):
         if self.inside: self.attention.__exit__(None, None, None)
         self.inside = False
-    after_pred = after_cancel_batch = _leave
+    after_pred = after_cancel_batch = leave = _leave
     def after_batch(self):
         if not self.training: return
         self.learn.pred, self.learn.loss = self.pred.detach(), self.loss.detach()
         self.learn.loss_grad = self.loss_grad.detach()
     def after_fit(self): self.attention = QuickAttention()   # the memory for maps is no longer needed
-    def release(self): self._leave(); self.after_fit()
+    def release(self): self.after_fit()
 
 # %% ../nbs/31_learner.ipynb #af546d20
 class SeedEpoch(Callback):
@@ -210,7 +220,7 @@ class SeedEpoch(Callback):
     def __init__(self, seed:int=0): self.seed = seed
     def before_epoch(self):
         self.dls.train.dataset.epoch = self.epoch
-        torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
+        if self.learn.fitting: torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
 
 # %% ../nbs/31_learner.ipynb #1d225bb4
 class ValidateEvery(Callback):
@@ -236,7 +246,8 @@ class EpochLines(Callback):
     order = 60
     def __init__(self, every:float=8.): self.every = every   # Seconds
     def before_fit(self):
-        if not in_fit(self): return
+        self.silent = not in_fit(self) or self.learn.logger is noop   # as within `learn.no_logging()`
+        if self.silent: return
         self.old, self.learn.logger = self.learn.logger, self.line
         self.began = self.said = time.time()
         self.first = None   # share of the training that an earlier process has done
@@ -251,13 +262,13 @@ class EpochLines(Callback):
         values = '  '.join(f"{n} {v:.4f}" if isinstance(v, float) else f"{n} {v}" for n, v in named)
         self.say(f"epoch {log[0]+1}/{self.n_epoch}  {values}{self.left()}")
     def before_batch(self):
-        if in_fit(self) and self.first is None: self.first = self.pct_train
+        if not self.silent and self.first is None: self.first = self.pct_train
     def after_batch(self):
-        if not in_fit(self) or time.time()-self.said < self.every: return
+        if self.silent or time.time()-self.said < self.every: return
         what = 'step' if self.training else 'validation'
         self.say(f"  {what} {self.iter+1}/{self.n_iter} of epoch {self.epoch+1}/{self.n_epoch}{self.left()}")
     def after_fit(self):
-        if in_fit(self): self.learn.logger = self.old
+        if not self.silent: self.learn.logger = self.old
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
 # %% ../nbs/31_learner.ipynb #valscale1
@@ -265,13 +276,13 @@ def at_scale(
     x:Tensor,     # Images, (B, C, H, W)
     scale:float,  # 1: as they are
 )->Tensor:
-    "Images at `scale` times their size, at least 32 pixels"
+    "Images at `scale` times their size"
     if scale == 1: return x
-    size = [max(32, round(n*scale)) for n in x.shape[-2:]]
+    size = [max(1, round(n*scale)) for n in x.shape[-2:]]
     return F.interpolate(x, size, mode='bilinear', align_corners=False, antialias=scale < ALIASED_BELOW)
 
 class ValidateAtScale(Callback):
-    "Validation images are looked at at `scale` times their size, at least 32 pixels"
+    "Validation images are looked at at `scale` times their size"
     order = ValidateEvery.order
     def __init__(self, scale:float): self.scale = scale
     def before_batch(self):
@@ -284,16 +295,16 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
     def forward(self, x):
         if not (self.training and dist.is_initialized()): return super().forward(x)
         dims, xf = (0, 2, 3), x.float()
-        n = torch.full((1,), x.numel()/x.shape[1])
-        s = all_reduce(torch.cat([xf.sum(dims), xf.square().sum(dims), n]))
-        mean, n = s[:x.shape[1]]/s[-1], s[-1]
-        var = (s[x.shape[1]:-1]/n - mean.square()).clamp_min(0)   # rounding can make it negative
+        sums = all_reduce(torch.cat([xf.sum(dims), torch.full((1,), x.numel()/x.shape[1])]))
+        mean, n = sums[:-1]/sums[-1], sums[-1]
+        centred = xf-mean.view(1, -1, 1, 1)   # the mean of squares minus the square of the mean would lose digits
+        var = all_reduce(centred.square().sum(dims))/n
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var*n/(n-1), self.momentum)
         shape = (1, -1, 1, 1)
-        y = (xf-mean.view(shape))*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
+        y = centred*(var+self.eps).rsqrt().view(shape)*self.weight.view(shape)+self.bias.view(shape)
         return y.to(x.dtype)
 
 class CPUSyncBatchNormAct(BatchNormAct2d):
@@ -358,7 +369,8 @@ def fit_poly(self:Learner,
     lr=None,                   # Highest learning rate, or one per parameter group; None: the learner's
     power:float=.9,            # Exponent of the decay
     warmup:float=0.,           # Share of linear warm-up
-    wd=None, cbs=None):
+    wd=None,                   # Weight decay, or one per parameter group; None: the learner's
+    cbs=None):                 # Further callbacks, for this fit
     "Train with polynomial decay, as the paper does"
     if (iterations is None) == (epochs is None): raise ValueError("fit_poly needs either iterations or epochs")
     for name, n in dict(iterations=iterations, epochs=epochs).items():
@@ -388,19 +400,26 @@ OPTIMISERS = dict(sgd=partial(torch.optim.SGD, momentum=.9), adamw=partial(torch
 # %% ../nbs/31_learner.ipynb #94fb1564
 class SparseLearner(Learner):
     "A `Learner` that can begin at a later epoch, as if the earlier ones had been run"
-    first_epoch, precision, fitting = 0, None, False
+    first_epoch, precision, fitting, no_decay = 0, None, False, False
     @property
     def metrics(self): return self._metrics
     @metrics.setter
     def metrics(self, v):
-        self._metrics = L(mk_metric(m) for m in L(v)).map(lambda m: m if hasattr(m, 'group') else OfLabelledPixels(m))
-    def fit(self, *args, **kwargs):
+        counts = lambda m: hasattr(m, 'group') or isinstance(m, OfLabelledPixels)
+        self._metrics = L(mk_metric(m) for m in L(v)).map(lambda m: m if counts(m) else OfLabelledPixels(m))
+    def fit(self, n_epoch, lr=None, wd=None, **kwargs):
+        if self.no_decay and np.isscalar(wd): wd = [wd, 0., wd, 0.]
         self.fitting = True   # `validate` and `get_preds` too send callbacks `before_fit` and `after_epoch`
-        try: return super().fit(*args, **kwargs)
+        try: return super().fit(n_epoch, lr, wd, **kwargs)
         except BaseException:   # fastai calls no callback then; no hook or open context may outlive an interrupted fit
             for cb in self.cbs: getattr(cb, 'release', noop)()
             raise
         finally: self.fitting = False
+    def one_batch(self, i, b):
+        try: super().one_batch(i, b)
+        except BaseException:   # nor may the context of a batch, here or in `validate` and `get_preds`
+            for cb in self.cbs: getattr(cb, 'leave', noop)()
+            raise
     @property
     def val_scale(self): return next((cb.scale for cb in self.cbs if isinstance(cb, ValidateAtScale)), 1)
     def freeze(self): self.freeze_to(2)   # the backbone's two groups of parameters; the other two are the decoder's
@@ -417,6 +436,7 @@ class StopWhereDiverged(Callback):
     def after_batch(self):
         if self.training: self.losses.append(self.loss.detach())
     def after_train(self):
+        if not in_fit(self): return   # a search for a rate goes on until it diverges
         weights = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
         # with several processes the losses differ, and all must stop: what one of them adds to the weights, all have
         loss = torch.stack(self.losses).isfinite().all() if n_processes() == 1 and self.losses else True
@@ -448,10 +468,10 @@ def _sample_order(methods):
 # %% ../nbs/31_learner.ipynb #02a1acf9
 def _callbacks(seed, channels_last, precision, validate_every, val_scale, order, clip):
     "What a learner needs beside its method"
-    callbacks = [PlainTensors(), PadBatch(), SeedEpoch(seed), UseQuickAttention(), StopWhereDiverged()]
+    callbacks = [NormaliseForModel(), PlainTensors(), PadBatch(), SeedEpoch(seed), UseQuickAttention(), StopWhereDiverged()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
-    if precision == 'fp16': callbacks.append(MixedPrecision())
+    if precision == 'fp16': callbacks.append(HalfPrecision())
     if validate_every > 1: callbacks.append(ValidateEvery(validate_every))
     if val_scale != 1: callbacks.append(ValidateAtScale(val_scale))
     if clip is not None: callbacks.append(GradientClip(clip))   # after processes are averaged and float16 unscaled
@@ -487,6 +507,11 @@ def _use_channels(model, src):
 def _normalise_for(model, dls):
     to_model = (t for dl in dls.loaders for t in dl.after_batch.fs if isinstance(t, ToModel))
     for t in to_model: t.statistics = statistics_of(model)
+
+class NormaliseForModel(Callback):
+    "The loaders normalise images for this learner's model, whatever other learners share them"
+    order = -20
+    def before_fit(self): _normalise_for(getattr(self.model, 'module', self.model), self.dls)
 
 # %% ../nbs/31_learner.ipynb #38897724
 def check_batch(
@@ -555,8 +580,8 @@ def sparse_learner(
         raise ValueError(f"class_weights: {len(class_weights)} numbers, expected one for each of the "
                          f"{len(src.classes)} classes")
     labelled = PartialCrossEntropy(labelled_loss(loss or 'ce', class_weights), loss_at)
+    torch.manual_seed(seed)
     if isinstance(model, str):
-        torch.manual_seed(seed)
         if src.channels != 3: kwargs['in_chans'] = src.channels
         model = _segmenter(model, len(src.classes), kwargs)
     elif kwargs: raise ValueError(_unknown(next(iter(kwargs)), 'nothing more where the model is made already'))
@@ -577,7 +602,7 @@ def sparse_learner(
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
                     metrics=group.metrics, cbs=callbacks+L(method)+L(cbs))
-    learn.confusion, learn.recorder.loss, learn.precision = group, PixelLoss(), machine.precision
+    learn.confusion, learn.recorder.loss, learn.precision, learn.no_decay = group, PixelLoss(), machine.precision, no_decay
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 

@@ -185,10 +185,11 @@ def _cpu_name():
     return names[0] if names else platform.processor() or platform.machine()
 
 def environment()->dict:
-    "Machine, versions and commit (where there is no git: what SASFORMER_COMMIT says), for result files"
+    "Machine, versions and commit (outside of this package's own git: what SASFORMER_COMMIT says), for result files"
     import fastai, timm
-    changed = _git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', ':(top,exclude)results')
-    commit = _git('rev-parse', '--short', 'HEAD') or os.environ.get('SASFORMER_COMMIT', '')
+    own = _git('ls-files', Path(__file__).name)   # not that of a project in whose folder the package was installed
+    changed = own and _git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', ':(top,exclude)results')
+    commit = own and _git('rev-parse', '--short', 'HEAD') or os.environ.get('SASFORMER_COMMIT', '')
     return dict(commit=commit+('+changes' if changed else ''),
                 machine=f"{_cpu_name()}, {os.cpu_count()} cores",
                 gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,

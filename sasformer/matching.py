@@ -230,13 +230,12 @@ def before_batch(self:MaskFormerLoss):
 
 @patch
 def read(self:MaskFormerLoss):
-    "`proposals`, `targets` and `matches` of this step"
+    "`proposals`, `padded` label map, `targets` and `matches` of this step"
     if self._tap.proposals is None: raise RuntimeError("no proposals were made: is the model compiled?")
     self.proposals = Proposals(*(t.float() for t in self._tap.proposals))
-    y, multiple = self.label_map, getattr(getattr(self.model, 'module', self.model), 'multiple', 1)
-    h, w = y.shape[-2:]
-    y = F.pad(y, (0, -w%multiple, 0, -h%multiple), value=PADDING)   # as the segmenter has padded the image
-    self.targets = class_targets(y, self.tags, self.novel)
+    below, right = self.bare.padding(self.label_map.shape[-2:])
+    self.padded = F.pad(self.label_map, (0, right, 0, below), value=PADDING)   # as the segmenter has padded the image
+    self.targets = class_targets(self.padded, self.tags, self.novel)
     self.matches = match(self.proposals, self.targets, **self.weights, **self.focal, pixels=self.counted)
 
 @patch
@@ -252,4 +251,4 @@ def terms(self:MaskFormerLoss):
 @patch
 def leave(self:MaskFormerLoss):
     if self._tap is not None: self._tap.off()
-    self._tap = self.proposals = self.targets = self.matches = None
+    self._tap = self.proposals = self.padded = self.targets = self.matches = None

@@ -436,7 +436,7 @@ class SimFormer(Method):
         among(self, 'teacher', ('evaluation', 'training'))
         not_negative(self, 'complementary', 'similarity', 'distillation', 'outside', 'class_weight', 'mask_weight',
                      'dice_weight', 'no_object')
-        positive(self, 'inside', 'novel_points', 'width', 'blocks', 'memory')
+        positive(self, 'inside', 'novel_points', 'width', 'blocks', 'memory', 'floor')
         fraction(self, 'floor', 'rare')
         if self.transfer and self.distillation and not self.similarity:
             raise ValueError(f"distillation={self.distillation}, similarity=0: a network that does not learn "

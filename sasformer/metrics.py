@@ -6,6 +6,7 @@
 __all__ = ['to_labels', 'ConfusionMatrix', 'SegmentationMetrics']
 
 # %% ../nbs/30_metrics.ipynb #ed124ebb
+import weakref
 from functools import partial
 from operator import attrgetter
 import torch, torch.nn.functional as F
@@ -154,17 +155,15 @@ def all_reduce(self:ConfusionMatrix)->ConfusionMatrix:
 def _of_group(name, groups, cm): return cm.group_iou(groups)[name]
 
 class _Shared(Metric):
-    "One number of the matrix of a `SegmentationMetrics`; the first of them does the counting for all"
+    "One number of the matrix of a `SegmentationMetrics`; whichever is asked first counts a batch for all"
     def __init__(self, group, name, value=None):
         self.group, self._name, self._value = group, name, value or attrgetter(name)
     @property
     def name(self): return self._name
     @property
     def value(self): return self._value(self.group.total())
-    def reset(self):
-        if self is self.group.metrics[0]: self.group.reset()
-    def accumulate(self, learn):
-        if self is self.group.metrics[0]: self.group.accumulate(learn)
+    def reset(self): self.group.reset()
+    def accumulate(self, learn): self.group.count_once(learn)
 
 # %% ../nbs/30_metrics.ipynb #8a50d530
 class SegmentationMetrics:
@@ -179,10 +178,16 @@ class SegmentationMetrics:
         grouped = _checked_groups(groups or {}, n_classes)
         both = ('harmonic',) if {'base', 'novel'} <= grouped.keys() else ()
         self.metrics += [_Shared(self, f'miou_{name}', partial(_of_group, name, grouped)) for name in (*grouped, *both)]
-        self._total = None
+        self._total, self._counted = None, None   # the last prediction that was counted, if it is still there
 
     def __iter__(self): return iter(self.metrics)
     def reset(self): self.confusion.reset(); self._total = None
+
+    def count_once(self, learn):
+        "Count the learner's batch if it has not been"
+        if self._counted is not None and self._counted() is learn.pred: return
+        self.accumulate(learn)
+        self._counted = weakref.ref(learn.pred)
 
     def accumulate(self, learn):
         "Count the learner's batch, without the samples that a distributed loader repeats to fill its last batch"

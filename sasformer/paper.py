@@ -249,7 +249,6 @@ TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it 
     'cnn-no-refinement': dict(_cnn, par_iterations=0),
     'cnn-one-threshold': dict(_cnn, thresholds='0.45'),
     'mit': _mit,
-    'mit-no-affinity': dict(_mit, affinity=0.),
     'points': dict(annotation='point', method='baseline'),
     'masks': dict(annotation='dense', method='baseline'),
     'cnn-points': dict(_cnn, annotation='point', method='baseline'),
@@ -720,11 +719,14 @@ def paper_parser():
     return p
 
 # %% ../nbs/65_paper.ipynb #3f96020c
-def _chosen(o, table, seeds=None):
+def _named(o, table, seeds=None):
     cells = table_cells(table, o.size, seeds)
     parts = [p.strip() for p in o.only.split(',')]
     chosen = lambda k: any(k == part if part in cells else part in k for part in parts)
-    cells = {k: v for k, v in cells.items() if chosen(k)}
+    return {k: v for k, v in cells.items() if chosen(k)}
+
+def _chosen(o, table, seeds=None):
+    cells = _named(o, table, seeds)
     if not cells: raise ValueError(f"--only {o.only}: no cell of {table} has such a name")
     return cells
 
@@ -750,11 +752,12 @@ def full_size_needs(
 
 # %% ../nbs/65_paper.ipynb #2b78d386
 def _list(o):
+    every = o.table or [t for t in TABLES if (o.size == 'mini' or not TABLES[t].folder) and _named(o, t, o.seeds)]
+    if not every: raise ValueError(f"--only {o.only}: no cell of any table has such a name")
     if o.size == 'full':
-        tables = [t for t in o.table or TABLES if t not in TABLES or not TABLES[t].folder]
+        tables = [t for t in every if t not in TABLES or not TABLES[t].folder]
         print(full_size_needs({n: c for t in tables for n, c in _chosen(o, t, o.seeds).items()}))
-    for t in o.table or TABLES:
-        if t in TABLES and TABLES[t].folder and o.size != 'mini' and not o.table: continue
+    for t in every:
         cells, folder = _chosen(o, t, o.seeds), table_folder(t, o.size)
         states = {n: _state(n, c, o.results/folder, o.work/folder) for n, c in cells.items()} if o.table else None
         if o.table:

@@ -6,7 +6,7 @@
 __all__ = ['plain_output', 'one_line', 'Terminated', 'program', 'lock_file']
 
 # %% ../nbs/00_programs.ipynb #412a186b
-import codecs, contextlib, functools, os, re, signal, sys, threading
+import codecs, contextlib, errno, functools, os, re, signal, sys, threading
 
 # %% ../nbs/00_programs.ipynb #e6a3ed35
 _otherwise = {'→': '->', '…': '...', '²': '2', '×': 'x', '·': '*', '–': '-', '█': '#', '░': '.', 'α': 'alpha',
@@ -24,10 +24,16 @@ def plain_output():
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='plain')
 
 # %% ../nbs/00_programs.ipynb #e3b362da
+_system = {errno.ENOENT: 'is not there', errno.EEXIST: 'is a file: expected a folder',
+           errno.ENOTDIR: 'runs through a file: expected folders', errno.EISDIR: 'is a folder: expected a file',
+           errno.EACCES: 'may not be read or written', errno.EROFS: 'may not be written: the disk is read-only'}
+
 def one_line(
     e:BaseException,  # What was raised
 )->str:
     "What an exception says, in one line"
+    if isinstance(e, OSError) and isinstance(e.filename, (str, bytes)) and e.errno in _system:
+        return f'{os.path.abspath(os.fsdecode(e.filename))}: {_system[e.errno]}'
     text = re.sub(r"^Exception occured in `\w+` when calling event `\w+`:\s*", '', str(e).strip())
     text = ' '.join(text.split())
     expected = isinstance(e, (ValueError, OSError, ImportError)) and text

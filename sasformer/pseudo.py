@@ -59,7 +59,7 @@ def write_pseudo_labels(
     if not novel: raise ValueError(f"annotation {annotation!r} of {src.name} has no novel classes to label")
     (out/'train').mkdir(parents=True, exist_ok=True)
     _begin(out, dict(data=src.name, annotation=annotation, model=_fingerprint(model), scales=list(scales), flip=flip,
-                     images=len(ids)))
+                     images=len(ids), **{k: str(v) for k, v in kw.items() if k != 'device'}))
     file = lambda i: out/'train'/f'{i}.png'
     for i in progress([i for i in ids[rank_distrib()::n_processes()] if not file(i).exists()]):
         pred = predict_image(model, src.image(i), scales, flip, **kw)

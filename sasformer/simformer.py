@@ -161,7 +161,7 @@ def similarity_loss(
     net.counts.copy_(torch.cat([n[None], net.counts[:-1]]))
     total = net.counts.sum(0)
     positive, negative = (total.flip(0)/total.sum().clamp_min(1)).to(logit.dtype)
-    loss = -positive*F.logsigmoid(logit)*same-negative*F.logsigmoid(-logit)*(counted & ~same)
+    loss = -positive*F.logsigmoid(logit)*same-negative*F.logsigmoid(-logit)*(counted & ~same)   # (1)
     return loss.sum()*n_processes()/n.sum().clamp_min(1).to(logit.dtype)
 
 # %% ../nbs/25_simformer.ipynb #sf250051
@@ -185,7 +185,7 @@ def complementary_loss(
     m = F.interpolate(m, labels.shape[-2:], mode='bilinear', align_corners=False)
     out = m.new_tensor(math.log(floor/(1-floor)))
     union = torch.where(which.gather(1, first)[...,None,None], m, out).amax(1).maximum(out)
-    losses = focal_and_dice(union.flatten(1), (labels == UNLABELLED)[image].flatten(1), alpha, gamma)
+    losses = focal_and_dice(union.flatten(1), (labels == UNLABELLED)[image].flatten(1), alpha, gamma)   # (2)
     return sum(w*l.sum() for w, l in zip((focal, dice), losses))*n_processes()/(n.to(masks.dtype)+1e-5)
 
 # %% ../nbs/25_simformer.ipynb #sf250061
@@ -193,7 +193,7 @@ def _bce(s, t):
     s, t = s.clamp(.01, .99), t.clamp(.01, .99)
     return -t*s.log()-(1-t)*(1-s).log()
 
-def _margin(s, t): return -F.relu(t-.5)*(1+s).log()-F.relu(.5-t)*(2-s).log()
+def _margin(s, t): return -F.relu(t-.5)*(1+s).log()-F.relu(.5-t)*(2-s).log()   # (3)
 
 DISTILLATIONS = dict(bce=_bce, margin=_margin)
 
@@ -288,11 +288,9 @@ def draws(self:SimFormerLoss,
 
 @patch
 def label_cells(self:SimFormerLoss):
-    "Label map as padded for the network, and at the masks' resolution (nearest)"
-    y, size = self.label_map, self.targets[0].labelled.shape
-    y = F.pad(y, (0, size[1]-y.shape[2], 0, size[0]-y.shape[1]), value=PADDING)
-    small = F.interpolate(y[:,None].float(), self.proposals.pixels.shape[-2:], mode='nearest')[:,0].long()
-    return y, small
+    "Label map at the masks' resolution (nearest)"
+    size = self.proposals.pixels.shape[-2:]
+    return F.interpolate(self.padded[:,None].float(), size, mode='nearest')[:,0].long()
 
 def _of_pairs(x): return x.unflatten(0, (-1, 2)).transpose(0, 1)   # (2P, …) → (2, P, …): firsts and seconds
 
@@ -303,7 +301,7 @@ def _at_points(x, i): return x.gather(3, i[:,:,None].expand(-1, -1, x.shape[2], 
 def terms(self:SimFormerLoss):
     terms = MaskFormerLoss.terms(self)
     p, m = self.proposals, self.matches
-    labels, cells = self.label_cells()
+    labels, cells = self.padded, self.label_cells()
     if self.complementary:
         novel = torch.zeros(p.classes.shape[:3], dtype=torch.bool, device=labels.device)
         novel[m.layer[m.novel],m.image[m.novel],m.query[m.novel]] = True

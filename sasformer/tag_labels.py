@@ -26,12 +26,12 @@ def load_afa(
     path = Path(path)
     model = load_segmenter(path, device)
     file = path if path.is_file() else next(f for f in (path/'best.safetensors', path/'last.safetensors') if f.exists())
-    load_heads(model, file)
     settings = file.with_name('settings.json')
-    return model, _run_options(settings) if settings.exists() else {}
+    afa = parse_method(json.loads(settings.read_text())['recipe']['method'])['afa'] if settings.exists() else None
+    load_heads(model, file, afa.pooling if afa else 'max')
+    return model, _options_of(afa) if afa else {}
 
-def _run_options(settings):
-    afa = parse_method(json.loads(settings.read_text())['recipe']['method'])['afa']
+def _options_of(afa):
     return dict(thresholds=afa.thresholds, cam_scales=afa.cam_scales, radius=afa.radius, iterations=afa.par_iterations,
                 dilations=afa.dilations)
 

@@ -88,19 +88,13 @@ def example_sheet(
     n:int=6,    # Validation images, evenly spaced
 ):
     "Validation images, their masks and the predictions"
-    import numpy as np, torch
+    import numpy as np
     from sasformer.data import show_rows
-    from sasformer.inference import predict_logits
-    from sasformer.learner import at_scale
+    from sasformer.inference import predict_image
     ds, rows = learn.dls.valid.dataset, []
     for i in np.linspace(0, len(ds)-1, min(n, len(ds))).astype(int):
         image, mask = ds.load(i)
-        x = learn.dls.valid.do_batch([ds[i]])
-        x = learn.dls.valid.after_batch(x)[0].to(learn.dls.device)
-        x = x.as_subclass(torch.Tensor)
-        logits = predict_logits(learn.model.eval(), at_scale(x, learn.val_scale), x.shape[-2:])   # as validation looks
-        pred = logits.argmax(1)[0].cpu().numpy().astype(np.uint8)
-        rows.append((np.asarray(image), mask, pred))
+        rows.append((np.asarray(image), mask, predict_image(learn.model, image, (learn.val_scale,))))
     return show_rows(rows, ('image', 'mask', 'prediction'), ds.src)
 
 # %% ../nbs/60_train.ipynb #7f9caf79

@@ -150,7 +150,7 @@ def learner(annotation='scribble', method='baseline', n=8, bs=4, model='segforme
     src = scenes(n_train=n, n_val=2, size=size)
     if model == 'segformer_mit_b0': kw = dict(last_stride=1, decoder_dim=32) | kw
     dls = sparse_dataloaders(src, annotation, size, bs, device='cpu')
-    return sparse_learner(dls, model, method, precision='fp32', cbs=cbs, **kw)
+    return sparse_learner(dls, model, method, cbs=cbs, **dict(precision='fp32')|kw)
 
 def quietly(f, *args, **kw):
     with contextlib.redirect_stdout(io.StringIO()) as out: f(*args, **kw)
@@ -403,3 +403,146 @@ def test_factors_and_lengths_that_are_none(model, image):
     learn = learner('scribble', 'baseline')
     with pytest.raises(ValueError, match='epochs=0: expected 1 or more'): learn.fit_poly(epochs=0)
     with pytest.raises(ValueError, match='warmup=5: expected a share'): learn.fit_poly(epochs=1, warmup=5)
+
+def measured(learn):
+    with contextlib.redirect_stdout(io.StringIO()): return list(learn.validate())
+
+def test_learners_that_share_their_loaders_each_normalise_for_themselves():
+    first = learner()
+    before, seen = measured(first), first.dls.valid.one_batch()[0].mean()
+    model = create_segmenter('segformer_test_resnet', 6, decoder_dim=16)
+    model.mean, model.std = (.1, .2, .3), (.9, .9, .9)
+    second = sparse_learner(first.dls, model, precision='fp32')
+    assert abs(second.dls.valid.one_batch()[0].mean()-seen) > .1
+    assert measured(first) == before
+
+class Broken(Exception): pass
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp32'])
+def test_an_interrupted_validation_leaves_nothing_on(precision):
+    from torch.overrides import _get_current_function_mode_stack
+    def stop(*_): raise Broken
+    learn = learner(model='segformer_mit_b0', precision=precision)
+    hook = learn.model.decoder.register_forward_pre_hook(stop)
+    for f in (learn.validate, learn.get_preds):
+        with pytest.raises(Broken): quietly(f)
+        assert not torch.is_autocast_enabled('cpu') and not _get_current_function_mode_stack()
+    hook.remove()
+    quietly(learn.validate)
+
+def test_the_context_of_float16_ends_with_its_batch():
+    from sasformer.learner import HalfPrecision
+    entered = []
+    context = SimpleNamespace(__enter__=lambda: entered.append(1), __exit__=lambda *_: entered.pop())
+    cb = HalfPrecision()
+    cb.autocast = context
+    for leaving in ('after_loss', 'leave', 'after_cancel_batch', 'after_batch'):
+        cb.before_batch(); getattr(cb, leaving)(); cb.leave()
+        assert not entered
+
+def test_metrics_can_be_dropped_and_added():
+    from fastai.metrics import DiceMulti, JaccardCoeffMulti
+    learn = learner()
+    miou, accuracy = measured(learn)[1:3]
+    learn.metrics = learn.metrics[1:]
+    assert measured(learn)[1] == accuracy and learn.confusion.total().miou == miou
+    learn.metrics = [DiceMulti()]
+    learn.metrics = learn.metrics+[JaccardCoeffMulti()]
+    assert np.isfinite(measured(learn)).all()
+
+def test_heads_of_tags_keep_their_pooling(tmp_path):
+    from sasformer.tag_labels import load_afa
+    r = recipe('afa_scenes', data='scenes:n_train=4,n_val=2,size=32', size=32, bs=2, epochs=1, precision='fp32',
+               method='afa:pooling=average,freeze_norms=false,affinity=0', model='segformer_test_resnet', weights=None,
+               last_stride=None)
+    quietly(r.run, r.learner(folder=tmp_path/'run', device='cpu'))
+    assert load_afa(tmp_path/'run')[0].auxiliary['afa'].pooling == 'average'
+
+def test_a_methods_own_layers_begin_alike_on_a_model_that_was_given():
+    dls, seen = learner().dls, []
+    for drawn in (1, 2):
+        torch.manual_seed(drawn)
+        learn = sparse_learner(dls, create_segmenter('segformer_test_resnet', 6), 'tel', precision='fp32')
+        learn = sparse_learner(learner('tag', 'afa:affinity=0').dls, learn.model, 'afa:affinity=0', precision='fp32')
+        seen.append(learn.model.auxiliary['afa'].classify.weight)
+    assert torch.equal(*seen)
+
+def test_a_fits_own_weight_decay_spares_norms_too():
+    learn = learner()
+    quietly(learn.fit_poly, epochs=1, wd=.3)
+    assert [h['wd'] for h in learn.opt.hypers] == [.3, 0, .3, 0]
+    learn = learner(no_decay=False)
+    quietly(learn.fit_poly, epochs=1, wd=.3)
+    assert [h['wd'] for h in learn.opt.hypers] == [.3]*4
+
+def test_no_logging_says_nothing():
+    learn = learner()
+    with learn.no_logging(): assert quietly(learn.fit, 1) == ''
+    assert 'epoch 1/1' in quietly(learn.fit, 1)
+
+def share_far_from_nought():
+    from sasformer.learner import CPUSyncBatchNorm
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)*.5+1000
+    norm, reference = CPUSyncBatchNorm(3), torch.nn.BatchNorm2d(3).double()
+    # the mean itself is rounded to float32, 6e-5 of 1000, which the division by .5 doubles
+    torch.testing.assert_close(norm(x).double(), reference(x.double()), atol=1e-3, rtol=0)
+
+def test_the_variance_of_a_shared_norm_keeps_its_digits():
+    for p in fork_two(connected, share_far_from_nought): p.finish()
+
+def test_validation_leaves_the_random_numbers_alone():
+    learn, after = learner(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        quietly(learn.validate)
+        after.append(torch.rand(1).item())
+    assert after[0] != after[1]
+
+def test_sparse_labels_are_not_taken_for_masks(model):
+    from sasformer.inference import evaluate as compare
+    src = dataclasses.replace(scenes(n_train=2, n_val=2, size=32), mask_kind='scribble')
+    with pytest.raises(ValueError, match="annotation='scribble'"): compare(model, src)
+
+def test_small_validation_images_are_looked_at_as_predictions_are(image):
+    learn = learner(val_scale=.5)
+    mask = learn.predict(image)[0]
+    assert (mask.numpy() == predict_image(learn.model, image)).mean() > .999
+
+@pytest.mark.parametrize('floor', [0., 1.])
+def test_the_floor_of_the_complementary_loss_is_a_probability(floor):
+    from sasformer.methods import parse_method
+    with pytest.raises(ValueError, match='floor'): parse_method(f'simformer:floor={floor}')
+
+def test_the_aspect_of_crops_has_a_limit():
+    with pytest.raises(ValueError, match='aspect=2.5: expected from 1'):
+        sparse_dataloaders(scenes(n_train=2, n_val=2, size=32), 'scribble', size=32, bs=2, aspect=2.5)
+
+def test_pseudo_labels_remember_how_the_model_looked(tmp_path):
+    from sasformer.pseudo import write_pseudo_labels
+    src = scenes(n_train=2, n_val=1, size=32)
+    model = create_segmenter('segformer_test_resnet', 6, decoder_dim=16).eval()
+    annotation = f'dense:novel={src.classes[1]}'
+    write_pseudo_labels(model, src, annotation, tmp_path/'out')
+    with pytest.raises(ValueError, match="window: None → '32'"):
+        write_pseudo_labels(model, src, annotation, tmp_path/'out', window=32)
+
+def test_a_list_of_the_cells_of_one_name(capsys, tmp_path):
+    from sasformer import paper
+    paper.main(['list', '--only', 'masks-baseline-seed0', '--results', str(tmp_path)])
+    assert 'phantoms_switches' in capsys.readouterr().out
+    with pytest.raises(SystemExit): paper.main(['list', '--only', 'nothing', '--results', str(tmp_path)])
+    assert 'no cell of any table' in capsys.readouterr().err
+
+def test_the_commit_is_this_packages_own(tmp_path, monkeypatch):
+    from sasformer import machine
+    run = lambda *a: subprocess.run(['git', '-c', 'user.name=a', '-c', 'user.email=a@b', *a], cwd=tmp_path, check=True,
+                                    capture_output=True)
+    (tmp_path/'own.txt').write_text('somebody\'s project')
+    (tmp_path/'machine.py').write_text('')
+    run('init'); run('add', 'own.txt'); run('commit', '-m', 'theirs')
+    monkeypatch.setattr(machine, '__file__', str(tmp_path/'machine.py'))
+    monkeypatch.delenv('SASFORMER_COMMIT', raising=False)
+    assert machine.environment()['commit'] == ''
+    run('add', 'machine.py'); run('commit', '-m', 'ours')
+    assert len(machine.environment()['commit']) >= 7
