@@ -116,6 +116,8 @@ def set_folder(
         if out: raise ValueError(f"--out {out}: {photos} is a set already, with images/ in it")
         return photos
     root = Path(out or photos.resolve().with_name(f'{photos.resolve().name}_labels'))
+    if root.resolve().is_relative_to(photos.resolve()):
+        raise ValueError(f"--out {root}: lies in the folder of the photographs: expected another place")
     images = root/'images'
     if images.exists():
         if images.resolve() == photos.resolve(): return root
@@ -1028,12 +1030,12 @@ def main(args=None):
     o = annotate_parser().parse_args(args)
     options = shlex.split(o.train)
     train_recipe(options)
+    sock = listen(o.port)   # what may fail comes before anything is written
     root = set_folder(o.photos, o.out)
     names = [n.strip() for n in o.classes.split(',')] if o.classes is not None else None
     maps = LabelSet(root, set_classes(root, names))
     lock = lock_file(root/'.annotate.lock')
     if lock is None: raise FileExistsError(f"{root}: another sasformer_annotate is at work here")
-    sock = listen(o.port)
     port, token = sock.getsockname()[1], secrets.token_urlsafe(32)
     app = annotate_app(maps, port, token, options)
     import uvicorn

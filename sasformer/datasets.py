@@ -750,6 +750,8 @@ def _class_names(path, classes):
     file = path/classes if beside else Path(classes)
     names = _lines(file, 'class names, one a line')
     if not names: raise LayoutError(f"{file}: is empty; expected class names, one a line in id order")
+    if len(names) > PADDING:
+        raise LayoutError(f"{file}: {len(names)} names of classes; a label map holds at most {PADDING}")
     blank = [n for n, line in enumerate(read_text(file).rstrip().splitlines(), 1) if not line.strip()]
     if blank: raise LayoutError(f"{file}: line {blank[0]} is blank, and the ids of the classes count lines; delete it")
     return names
@@ -946,7 +948,7 @@ def _value_table(ignore, zero_is_unlabelled, values):
     return table.astype(np.uint8)
 
 def _byte(v, what):
-    if not 0 <= v <= 255: raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
+    if not (0 <= v <= 255 and v == int(v)): raise AnnotationError(f"{what}: {v} is none of the values 0 to 255")
     return v
 
 # %% ../nbs/01_datasets.ipynb #ca8baeca

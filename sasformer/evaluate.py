@@ -119,6 +119,7 @@ def open_groups(
     novel:str=None,   # Classes with commas between them; None: those of the run's annotation
 )->dict:              # 'base' and 'novel' → ids; empty where no class is novel
     "The classes that a run had masks of, and those of which it had tags"
+    if novel is not None and not novel.strip(): raise ValueError("--novel '': names no class")
     if novel: return src.groups('dense:novel='+'+'.join(o.strip() for o in novel.split(',')))
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if not settings.exists(): return {}

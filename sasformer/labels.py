@@ -16,7 +16,7 @@ from .annotations import (AnnotationError, PADDING, PointFile, ScribbleXML, SCRI
                                    label_statistics, parse_annotation, read_label_map, read_text, replacing,
                                    simulate, tag_statistics, write_label_map)
 from .benchmarks import data_set, get_source
-from .datasets import Source, colour_map, write_tags, _class_names, _labelmap, _listing
+from .datasets import IMAGE_SUFFIXES, Source, colour_map, write_tags, _class_names, _labelmap, _listing
 from .evaluate import usable_device
 from .label_tools import WRITERS, tool_of
 from .methods import STAGES
@@ -27,9 +27,12 @@ def free_to_write(
     overwrite,      # Replace what is there?
     read=(),        # Paths that are read, and must stay; None among them is skipped
 ):
-    "Raises if a file is there already, or is one of those that are read"
+    "Raises if a file is there already, is one of those that are read, or a picture that would lie among them"
     kept = {p.resolve() for p in read if p is not None}
+    pictures = {p.parent for p in kept if p.suffix.lower() in IMAGE_SUFFIXES}
     for f in files:
+        if f.suffix.lower() in IMAGE_SUFFIXES and f.resolve().parent in pictures:
+            raise FileExistsError(f"{f.parent} holds images that are read: choose another folder for --out")
         if f.resolve() in kept: raise FileExistsError(f"{f} is itself read: choose another folder for --out")
     there = [f for f in files if f.exists()]
     if there and not overwrite:
@@ -255,7 +258,8 @@ def _convert_options(p):
     p.add_argument('--width', type=stroke, default=3, metavar='PIXELS',
                    help="Width of a stroke, diameter of a point, odd (default: 3)")
     p.add_argument('--outside', choices=('error', 'crop'), default='error',
-                   help="Positions outside of their image: stop, or draw what lies inside (default: error)")
+                   help="Points and lines outside of their image: stop, or draw what lies inside (default: error); "
+                        "polygons and boxes are cut off at the edge")
 
 # %% ../nbs/63_labels.ipynb #88ae5b73
 def _stats_options(p):

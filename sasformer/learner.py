@@ -220,7 +220,9 @@ class SeedEpoch(Callback):
     def __init__(self, seed:int=0): self.seed = seed
     def before_epoch(self):
         self.dls.train.dataset.epoch = self.epoch
-        if self.learn.fitting: torch.manual_seed(np.random.SeedSequence((self.seed, self.epoch, rank_distrib())).generate_state(1)[0].item())
+        if not self.learn.fitting: return
+        numbers = np.random.SeedSequence((self.seed, self.epoch, rank_distrib()))
+        torch.manual_seed(numbers.generate_state(1)[0].item())
 
 # %% ../nbs/31_learner.ipynb #1d225bb4
 class ValidateEvery(Callback):
@@ -468,7 +470,8 @@ def _sample_order(methods):
 # %% ../nbs/31_learner.ipynb #02a1acf9
 def _callbacks(seed, channels_last, precision, validate_every, val_scale, order, clip):
     "What a learner needs beside its method"
-    callbacks = [NormaliseForModel(), PlainTensors(), PadBatch(), SeedEpoch(seed), UseQuickAttention(), StopWhereDiverged()]
+    callbacks = [NormaliseForModel(), PlainTensors(), PadBatch(), SeedEpoch(seed), UseQuickAttention(),
+                 StopWhereDiverged()]
     if channels_last: callbacks.append(ChannelsLast())
     if precision == 'bf16': callbacks.append(Autocast())
     if precision == 'fp16': callbacks.append(HalfPrecision())
@@ -602,7 +605,8 @@ def sparse_learner(
                     splitter=parameter_groups,
                     opt_func=lambda groups, lr, **kw: OptimWrapper(groups, OPTIMISERS[opt], lr=1.),
                     metrics=group.metrics, cbs=callbacks+L(method)+L(cbs))
-    learn.confusion, learn.recorder.loss, learn.precision, learn.no_decay = group, PixelLoss(), machine.precision, no_decay
+    learn.confusion, learn.recorder.loss = group, PixelLoss()
+    learn.precision, learn.no_decay = machine.precision, no_decay
     if not live: learn.remove_cb(ProgressCallback)
     return learn
 
@@ -764,12 +768,24 @@ class RunFolder(Callback):
             if self._lock is None: raise FileExistsError(f"{self.folder}: another training is at work here")
             remove_unfinished(self.folder)
         self.learn.first_epoch = 0
-        if state: self._restore(state)
+        if state:
+            self._restore(state)
+            self._note_path()
         elif self.about and is_first(): write_json(self.folder/'settings.json', dict(self.about, **environment()))
         if self.tensorboard and is_first():
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(self.folder)
         self._since, self._environment = time.time(), environment()
+
+    def _note_path(self):
+        "The data of a run that goes on may lie elsewhere by now"
+        file, now = self.folder/'settings.json', (self.about or {}).get('recipe', {}).get('path')
+        if now is None or not is_first() or not file.exists(): return
+        kept = json.loads(file.read_text(encoding='utf-8'))
+        if kept['recipe'].get('path') == now: return
+        print(f"the data are read from {now}, before from {kept['recipe'].get('path')}", flush=True)
+        kept['recipe']['path'] = now
+        write_json(file, kept)
 
 # %% ../nbs/31_learner.ipynb #70c1878c
 def _read_state(path):
@@ -795,6 +811,10 @@ def remove_unfinished(
         if name and name[1] in (*_written, 'state.pt', 'settings.json'): left.unlink()
 
 # %% ../nbs/31_learner.ipynb #871e8b33
+def _epochs_kept(folder):
+    log = folder/'log.csv'
+    return len(log.read_text(encoding='utf-8').splitlines())-1 if log.exists() else 0
+
 def check_run(
     folder:Path,        # Of a run
     settings:dict,      # Of the run that is to begin or to go on
@@ -805,6 +825,9 @@ def check_run(
     path = folder/'state.pt'
     if not path.exists():
         there = [name for name in _written if (folder/name).exists()]
+        if resume and (n := _epochs_kept(folder)) > 1:
+            raise FileExistsError(f"{folder} holds a run of {n} epochs without its state.pt, so it cannot go on: "
+                                  "choose another folder (--out)")
         # the files of a first epoch are written before its state
         if there and not (resume and (folder/'settings.json').exists()):
             raise FileExistsError(f"{folder} holds {', '.join(there)} of another run or of somebody else: "

@@ -187,7 +187,7 @@ def _cpu_name():
 def environment()->dict:
     "Machine, versions and commit (outside of this package's own git: what SASFORMER_COMMIT says), for result files"
     import fastai, timm
-    own = _git('ls-files', Path(__file__).name)   # not that of a project in whose folder the package was installed
+    own = _git('ls-files', 'machine.py')   # not that of a project in whose folder the package was installed
     changed = own and _git('status', '--porcelain', '--untracked-files=no', '--', ':(top)', ':(top,exclude)results')
     commit = own and _git('rev-parse', '--short', 'HEAD') or os.environ.get('SASFORMER_COMMIT', '')
     return dict(commit=commit+('+changes' if changed else ''),

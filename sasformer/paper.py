@@ -6,7 +6,7 @@
 __all__ = ['MINI', 'FULL', 'BASES', 'PUBLISHED', 'SECONDS', 'TABLES', 'MSRC_NOVEL', 'Table', 'cell_recipe', 'table_rows',
            'table_cells', 'table_folder', 'differences', 'migrate_settings', 'migrate_results', 'train_cell',
            'missing_cells', 'run_cells', 'read_results', 'result_table', 'group_table', 'paper_table', 'same_order',
-           'order_sentence', 'draw_sheet', 'paper_parser', 'full_size_needs', 'main']
+           'order_sentence', 'draw_sheet', 'png', 'paper_parser', 'full_size_needs', 'main']
 
 # %% ../nbs/65_paper.ipynb #26b4f1a9
 import argparse, dataclasses, itertools, json, os, shlex, subprocess, sys, time
@@ -671,6 +671,10 @@ def draw_sheet(
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
 # %% ../nbs/65_paper.ipynb #16985021
+def png(text):
+    if Path(text).suffix != '.png': raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
+    return Path(text)
+
 def paper_parser():
     p = argparse.ArgumentParser(prog='sasformer_paper', allow_abbrev=False,
                                 description="The tables of the paper and the comparisons beyond it: list, run, show.")
@@ -710,7 +714,7 @@ def paper_parser():
     run.add_argument('--launcher', default=None,
                      help="What starts each cell in several processes, as 'torchrun --standalone --nproc_per_node 4' "
                           "(default: none)")
-    sheet.add_argument('--out', type=Path, required=True, help="PNG to write")
+    sheet.add_argument('--out', type=png, required=True, help="PNG to write; one that is there is written anew")
     cell = sub.add_parser('cell', help="What run starts: train one cell from its folder", allow_abbrev=False,
                           description="Train the cell whose recipe is cell.json in a folder, or go on with it.")
     cell.add_argument('folder', type=Path, help="Folder of the run")

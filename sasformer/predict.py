@@ -8,7 +8,7 @@ __all__ = ['share', 'value_range', 'predict_parser', 'main']
 # %% ../nbs/62_predict.ipynb #f5385270
 import argparse
 from pathlib import Path
-from .programs import program
+from .programs import named_path, program
 from .annotations import allow_megapixels
 from .datasets import black_white
 from .evaluate import at_size, inference_options, open_model
@@ -35,7 +35,7 @@ def predict_parser():
     p.add_argument('model', type=Path,
                    help="A run's folder (its best model is taken), or a .safetensors file with model.json beside it")
     p.add_argument('images', type=Path, help="An image, or a folder of images (its sub-folders are not entered)")
-    p.add_argument('--out', type=Path, required=True, metavar='FOLDER',
+    p.add_argument('--out', type=named_path, required=True, metavar='FOLDER',
                    help="Folder for the masks; overlays and a legend go to its folder overlays/")
     p.add_argument('--overlay', action=argparse.BooleanOptionalAction, default=True,
                    help="Write overlays and a legend, or not (default: --overlay)")

@@ -103,7 +103,8 @@ def check(self:Recipe):
         raise ValueError(f"epochs={self.epochs}, iterations={self.iterations}: give one of them")
     positive(self, 'size', 'width', 'bs', 'decoder_dim', 'epochs', 'iterations', 'validate_every', 'val_scale',
              'lr', 'head_lr', 'power', 'clip', 'n_queries', 'n_layers')
-    not_negative(self, 'wd', 'num_workers', 'cache_mb')
+    not_negative(self, 'wd', 'num_workers', 'cache_mb', 'seed')
+    if self.seed >= 2**63: raise ValueError(f"seed={self.seed}: expected less than 2^63")
     fraction(self, 'warmup', 'drop_path', 'dropout')
     if not 0 < self.scale_min <= self.scale_max < math.inf:
         raise ValueError(f"scales {self.scale_min} to {self.scale_max}: expected 0 < scale_min <= scale_max")

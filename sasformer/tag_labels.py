@@ -27,7 +27,7 @@ def load_afa(
     model = load_segmenter(path, device)
     file = path if path.is_file() else next(f for f in (path/'best.safetensors', path/'last.safetensors') if f.exists())
     settings = file.with_name('settings.json')
-    afa = parse_method(json.loads(settings.read_text())['recipe']['method'])['afa'] if settings.exists() else None
+    afa = parse_method(json.loads(settings.read_text())['recipe']['method']).get('afa') if settings.exists() else None
     load_heads(model, file, afa.pooling if afa else 'max')
     return model, _options_of(afa) if afa else {}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fastcore.docments import docments
 from .annotations import replacing, write_json
 from .methods import convert, kind_of, method_help
-from .programs import program
+from .programs import named_path, program
 from .recipes import Recipe, RECIPES, recipe
 
 # %% ../nbs/60_train.ipynb #64f69797
@@ -40,7 +40,7 @@ def train_parser():
                "(those not given are the recipe's):\n"+method_help())
     p.add_argument('--recipe', default=None, choices=tuple(RECIPES),
                    help="Setting to start from (default: the one named like --data)")
-    p.add_argument('--out', type=Path, default=None,
+    p.add_argument('--out', type=named_path, default=None,
                    help="Folder of the run (default: runs/<data>_<annotation>_<method>_seed<seed>)")
     p.add_argument('--resume', action='store_true',
                    help="Go on with the run in --out, with the same settings; it keeps its precision")
@@ -221,6 +221,8 @@ def self_train(
     "Train, label the novel classes with the model, train again"
     from sasformer.machine import is_first
     out, first = Path(out), dataclasses.replace(r, self_train=False)
+    if teacher is not None and not Path(teacher).is_dir():
+        raise ValueError(f"--teacher {teacher}: no such folder; expected a finished run")
     teacher = Path(teacher or out/'teacher')
     if stage in (None, 'train') and not finished(teacher, first):
         train(first, teacher, (teacher/'state.pt').exists(), tensorboard, device, allow_changes=allow_changes)
@@ -278,6 +280,7 @@ def main(args=None):
     try:
         data = o.get('data', 'scenes').partition(':')[0]
         name = name or (data if data in RECIPES else None)
+        if novel is not None and not novel.strip(): raise ValueError("--novel '': names no class")
         if novel:
             annotation = o.get('annotation') or RECIPES.get(name, {}).get('annotation', 'dense')
             o['annotation'] = with_novel(annotation, novel)

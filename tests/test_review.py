@@ -546,3 +546,71 @@ def test_the_commit_is_this_packages_own(tmp_path, monkeypatch):
     assert machine.environment()['commit'] == ''
     run('add', 'machine.py'); run('commit', '-m', 'ours')
     assert len(machine.environment()['commit']) >= 7
+
+def test_a_run_without_its_state_is_not_trained_over(tmp_path, capsys):
+    args = ['--data', 'scenes:n_train=4,n_val=2,size=32', '--size', '32', '--bs', '4', '--decoder_dim', '16',
+            '--method', 'baseline', '--precision', 'fp32', '--out', str(tmp_path/'run')]
+    train.main([*args, '--epochs', '2'])
+    before = (tmp_path/'run/best.safetensors').read_bytes()
+    (tmp_path/'run/state.pt').unlink()
+    said = refused(train.main, [*args, '--epochs', '2', '--resume', '--lr', '1e-4'], capsys)
+    assert 'holds a run of 2 epochs without its state.pt' in said
+    assert (tmp_path/'run/best.safetensors').read_bytes() == before
+
+def test_a_run_that_goes_on_elsewhere_remembers_where_its_data_are(tmp_path, capsys):
+    def make(home):
+        for d in ('images', 'masks'): (home/d).mkdir(parents=True)
+        for i in range(5):
+            Image.new('RGB', (32, 32), (40*i, 0, 0)).save(home/f'images/{i}.png')
+            write_label_map(home/f'masks/{i}.png', np.full((32, 32), i % 2, np.uint8))
+        (home/'codes.txt').write_text('a\nb\n')
+        return home
+    first, second = make(tmp_path/'first'), make(tmp_path/'second')
+    class Stopped(Callback):
+        def before_epoch(self):
+            if self.epoch == 1: raise KeyboardInterrupt
+    fields = dict(size=32, bs=4, decoder_dim=16, method='baseline', epochs=2, precision='fp32', annotation='dense',
+                  num_workers=0)
+    r = recipe('folder', path=str(first), **fields)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(r.run, r.learner(folder=tmp_path/'run', device='cpu', cbs=[Stopped()]))
+    given = [o for k, v in fields.items() for o in (f'--{k}', str(v))]
+    train.main(['--data', 'folder', '--path', str(second), '--out', str(tmp_path/'run'), '--resume', *given])
+    assert json.loads((tmp_path/'run/settings.json').read_text())['recipe']['path'] == str(second)
+    assert f'read from {second}, before from {first}' in capsys.readouterr().out
+    images = second/'images'
+    said = refused(labels.main, ['simulate', '--data', 'folder', '--path', str(second), '--out', str(images)], capsys)
+    assert 'holds images that are read' in said and len(list(images.iterdir())) == 5
+    said = refused(evaluate.main, [str(tmp_path/'run'), '--stages'], capsys)
+    assert 'holds no heads of AFA' in said
+
+def test_a_teacher_that_is_not_there(tmp_path, capsys):
+    args = ['--recipe', 'simformer_scenes', '--self_train', 'true', '--out', str(tmp_path/'run')]
+    said = refused(train.main, [*args, '--teacher', str(tmp_path/'typo')], capsys)
+    assert f"--teacher {tmp_path/'typo'}: no such folder" in said and not (tmp_path/'typo').exists()
+
+@pytest.mark.parametrize('out', ['', 'deeper'])
+def test_labels_of_photographs_do_not_go_among_them(tmp_path, out):
+    Image.new('RGB', (32, 32)).save(tmp_path/'a.jpg')
+    with pytest.raises(ValueError, match='lies in the folder of the photographs'): set_folder(tmp_path, tmp_path/out)
+    assert [f.name for f in tmp_path.iterdir()] == ['a.jpg']
+
+def test_what_sasformer_bench_and_sasformer_paper_write_over(tmp_path, capsys):
+    from sasformer import bench, paper
+    (tmp_path/'mine.json').write_text('{"a": 1}')
+    for name, what in (('mine.json', 'is no result of sasformer_bench'), ('codes.txt', 'ends in .json')):
+        assert what in refused(bench.main, ['step', '--out', str(tmp_path/name)], capsys)
+    for option in ('--steps', '--batch', '--classes', '--threads', '--size'):
+        assert f'argument {option}: 0: expected 1 or more' in refused(bench.main, ['step', option, '0'], capsys)
+    assert 'ends in .png' in refused(paper.main, ['sheet', 'scenes', '--out', str(tmp_path/'codes.txt')], capsys)
+
+@pytest.mark.parametrize('args, what', [
+    (['--seed', '-1'], 'seed=-1: expected 0 or more'), (['--seed', str(2**63)], 'expected less than 2^63'),
+    (['--out', ''], 'argument --out: is empty'), (['--novel', ''], "--novel '': names no class")])
+def test_values_that_cannot_be_meant(args, what, capsys): assert what in refused(train.main, args, capsys)
+
+def test_more_classes_than_a_label_map_holds(tmp_path):
+    (tmp_path/'images').mkdir()
+    (tmp_path/'codes.txt').write_text('\n'.join(map(str, range(300))))
+    with pytest.raises(LayoutError, match='300 names of classes; a label map holds at most 254'): folder(tmp_path)
+    with pytest.raises(AnnotationError, match='1.5 is none of the values'): folder(tmp_path, ignore=(1.5,))
