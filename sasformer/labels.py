@@ -31,9 +31,9 @@ def free_to_write(
     kept = {p.resolve() for p in read if p is not None}
     pictures = {p.parent for p in kept if p.suffix.lower() in IMAGE_SUFFIXES}
     for f in files:
-        if f.suffix.lower() in IMAGE_SUFFIXES and f.resolve().parent in pictures:
-            raise FileExistsError(f"{f.parent} holds images that are read: choose another folder for --out")
         if f.resolve() in kept: raise FileExistsError(f"{f} is itself read: choose another folder for --out")
+    among = next((f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and f.resolve().parent in pictures), None)
+    if among: raise FileExistsError(f"{among.parent} holds images that are read: choose another folder for --out")
     there = [f for f in files if f.exists()]
     if there and not overwrite:
         are = f' and {len(there)-1} more are' if there[1:] else ' is'

@@ -561,7 +561,7 @@ def test_a_run_that_goes_on_elsewhere_remembers_where_its_data_are(tmp_path, cap
     def make(home):
         for d in ('images', 'masks'): (home/d).mkdir(parents=True)
         for i in range(5):
-            Image.new('RGB', (32, 32), (40*i, 0, 0)).save(home/f'images/{i}.png')
+            Image.new('RGB', (32, 32), (40*i, 0, 0)).save(home/f'images/{i}.jpg')
             write_label_map(home/f'masks/{i}.png', np.full((32, 32), i % 2, np.uint8))
         (home/'codes.txt').write_text('a\nb\n')
         return home
