@@ -322,7 +322,7 @@ RECIPES = dict(
     tags=dict(_afa, data='folder', model='segformer_tf_efficientnet_lite0', weights='timm', last_stride=None,
               size=224, bs=8, epochs=20, lr=1e-4, head_lr=20., scale_min=.4, scale_max=.65, val_scale=.5,
               validate_every=5, warmup=.05, num_workers=2, decoder_dim=128, dropout=.1,
-              options='afa:affinity=0,labels_from=0.35,pooling=average'),
+              options='afa:affinity=0,labels_from=0.35,propagated_from=0.5,pooling=average'),
     voc_subset_point=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
                           model='linear_vit_small_patch14_dinov2', size=168, bs=8, epochs=3, lr=2e-5, head_lr=20.,
                           scale_min=.3, scale_max=.5, val_scale=.4, validate_every=3),

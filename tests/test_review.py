@@ -614,3 +614,7 @@ def test_more_classes_than_a_label_map_holds(tmp_path):
     (tmp_path/'codes.txt').write_text('\n'.join(map(str, range(300))))
     with pytest.raises(LayoutError, match='300 names of classes; a label map holds at most 254'): folder(tmp_path)
     with pytest.raises(AnnotationError, match='1.5 is none of the values'): folder(tmp_path, ignore=(1.5,))
+
+def test_every_recipe_can_be_meant():
+    from sasformer.recipes import RECIPES
+    for name in RECIPES: assert recipe(name).methods is not None
