@@ -296,8 +296,8 @@ def _pseudo_options(p):
                    help="Data set (default: the run's)")
     p.add_argument('--path', type=Path, default=None, help="Folder of the data set (default: the run's)")
     p.add_argument('--split', default='train', help="Which part of the data set (default: train)")
-    p.add_argument('--stage', default='propagated_refined', choices=STAGES,
-                   help="Which of AFA's label maps (default: propagated_refined)")
+    p.add_argument('--stage', default=None, choices=STAGES,
+                   help="Which of AFA's label maps (default: propagated_refined, or cam_refined without affinity)")
     p.add_argument('--thresholds', type=scores_between, default=None, metavar='HIGH,LOW',
                    help="Background scores; what they disagree on is not labelled, with one all is "
                         "(default: those of the training)")

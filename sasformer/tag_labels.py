@@ -94,15 +94,17 @@ def write_tag_labels(
     src,             # A `Source`, with tags
     out:Path,        # Folder for `<id>.png`
     split:str='train', # Which of its splits
-    stage:str='propagated_refined', # One of `STAGES`
+    stage:str=None,  # One of `STAGES`; None: 'propagated_refined', or 'cam_refined' of a model without affinity
     scale:float=1.,  # Of the images, for the network
     overwrite:bool=False, # Replace files that are there
     progress=None,   # Wraps the ids
     **kw,            # To `label_stages`
 )->list:             # The files
     "Palette PNGs that `folder` reads, doubtful pixels unlabelled"
+    walks = model.auxiliary['afa'].affinity is not None
+    if stage is None: stage = 'propagated_refined' if walks else 'cam_refined'
     if stage not in STAGES: raise ValueError(f"stage={stage!r}: expected one of {', '.join(STAGES)}")
-    if model.auxiliary['afa'].affinity is None and stage.startswith('propagated'):
+    if stage.startswith('propagated') and not walks:
         raise ValueError(f"stage={stage!r}: the model was trained without affinity, expected 'cam' or 'cam_refined'")
     ids, out = src.splits[split], Path(out)
     files = [out/f'{i}.png' for i in ids]

@@ -79,7 +79,8 @@ def plot_curves(
         for k in keys:
             points = [(r['epoch'], r[k]) for r in rows if r.get(k) is not None]
             if points: ax.plot(*zip(*points), '.-', label=k)
-        ax.set(title=title, xlabel='epoch'); ax.legend(fontsize=8)
+        ax.set(title=title, xlabel='epoch')
+        if ax.lines: ax.legend(fontsize=8)   # without masks nothing was measured
     return fig
 
 # %% ../nbs/60_train.ipynb #ba7f0806

@@ -451,12 +451,14 @@ def test_metrics_can_be_dropped_and_added():
     assert np.isfinite(measured(learn)).all()
 
 def test_heads_of_tags_keep_their_pooling(tmp_path):
-    from sasformer.tag_labels import load_afa
+    from sasformer.tag_labels import load_afa, write_tag_labels
     r = recipe('afa_scenes', data='scenes:n_train=4,n_val=2,size=32', size=32, bs=2, epochs=1, precision='fp32',
                method='afa:pooling=average,freeze_norms=false,affinity=0', model='segformer_test_resnet', weights=None,
                last_stride=None)
     quietly(r.run, r.learner(folder=tmp_path/'run', device='cpu'))
-    assert load_afa(tmp_path/'run')[0].auxiliary['afa'].pooling == 'average'
+    model, options = load_afa(tmp_path/'run')
+    assert model.auxiliary['afa'].pooling == 'average'
+    assert len(write_tag_labels(model, r.source(), tmp_path/'labels', **options)) == 4   # without affinity, by default
 
 def test_a_methods_own_layers_begin_alike_on_a_model_that_was_given():
     dls, seen = learner().dls, []
