@@ -13,6 +13,7 @@ from pathlib import Path
 from .programs import program
 from .annotations import write_json
 from .benchmarks import data_set, get_source, source_name
+from .train import with_novel
 from .recipes import PRECISIONS   # what needs torch is imported where it is used: `--help` is quick
 
 # %% ../nbs/61_evaluate.ipynb #6a2c96c8
@@ -119,8 +120,7 @@ def open_groups(
     novel:str=None,   # Classes with commas between them; None: those of the run's annotation
 )->dict:              # 'base' and 'novel' → ids; empty where no class is novel
     "The classes that a run had masks of, and those of which it had tags"
-    if novel is not None and not novel.strip(): raise ValueError("--novel '': names no class")
-    if novel: return src.groups('dense:novel='+'+'.join(o.strip() for o in novel.split(',')))
+    if novel is not None: return src.groups(with_novel('dense', novel))
     settings = (model if model.is_dir() else model.parent)/'settings.json'
     if not settings.exists(): return {}
     return src.groups(run_recipe(settings).get('annotation', 'dense'))

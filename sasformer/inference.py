@@ -20,7 +20,7 @@ from fastcore.basics import groupby, patch
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar, IN_NOTEBOOK
 from .annotations import replacing, voc_palette, write_label_map
-from .data import ALIASED_BELOW, colours_of, normalise, pixels, statistics_of
+from .data import at_scale, colours_of, normalise, pixels, statistics_of
 from .datasets import IMAGE_SUFFIXES, open_bands, open_image, picture
 from .machine import with_lines
 from .metrics import ConfusionMatrix
@@ -37,9 +37,9 @@ def image_tensor(
     return normalise(torch.tensor(pixels(image, model)).permute(2, 0, 1), statistics_of(model))[None]
 
 # %% ../nbs/32_inference.ipynb #9fe33063
-def _resize(x, size, corners=False, antialias=False):
+def _resize(x, size, corners=False):
     if x.shape[-2:] == tuple(size): return x
-    return F.interpolate(x, tuple(size), mode='bilinear', align_corners=corners, antialias=antialias)
+    return F.interpolate(x, tuple(size), mode='bilinear', align_corners=corners)
 
 def scales_of(
     model:nn.Module,  # A segmenter
@@ -129,7 +129,7 @@ def multi_scale_logits(
     if crf and size != x.shape[-2:]:
         raise ValueError(f"crf needs scores at the image's size {tuple(x.shape[-2:])}, not {size}")
     for s in scales:
-        xs = _resize(x, [max(1, round(n*s)) for n in x.shape[-2:]], antialias=s < ALIASED_BELOW)
+        xs = at_scale(x, s)
         y = predict_logits(model, torch.cat([xs, xs.flip(-1)]) if flip else xs, size, **kw).softmax(1)
         if flip: y = y[:len(x)] + y[len(x):].flip(-1)
         total = y if total is None else total.add_(y)

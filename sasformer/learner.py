@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['OPTIMISERS', 'logits_at', 'partial_cross_entropy', 'PartialCrossEntropy', 'focal_loss', 'dice_loss', 'labelled_loss',
            'PlainTensors', 'PadBatch', 'Autocast', 'HalfPrecision', 'UseQuickAttention', 'SeedEpoch', 'ValidateEvery',
-           'clock', 'EpochLines', 'at_scale', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct',
-           'Distributed', 'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged',
-           'StopWhereDiverged', 'UseSampleOrder', 'NormaliseForModel', 'check_batch', 'sparse_learner',
-           'OfLabelledPixels', 'save_segmenter', 'load_segmenter', 'start_from', 'RunFolder', 'saved_settings',
-           'remove_unfinished', 'check_run', 'images_digest', 'rows_to_csv']
+           'clock', 'EpochLines', 'ValidateAtScale', 'CPUSyncBatchNorm', 'CPUSyncBatchNormAct', 'Distributed',
+           'PixelLoss', 'poly_schedule', 'parameter_groups', 'SparseLearner', 'Diverged', 'StopWhereDiverged',
+           'UseSampleOrder', 'NormaliseForModel', 'check_batch', 'sparse_learner', 'OfLabelledPixels', 'save_segmenter',
+           'load_segmenter', 'start_from', 'RunFolder', 'saved_settings', 'remove_unfinished', 'check_run',
+           'images_digest', 'rows_to_csv']
 
 # %% ../nbs/31_learner.ipynb #64dce669
 import contextlib, csv, hashlib, inspect, io, json, math, re, sys, time
@@ -27,7 +27,7 @@ from fastai.vision.all import (Learner, Callback, Metric, DataLoaders, OptimWrap
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from .annotations import UNLABELLED, PADDING, parse_annotation, replacing, write_json
 from .machine import environment, is_first, n_processes, peak_memory, this_machine
-from .data import ALIASED_BELOW, ToModel, global_sum, normalise, pixels, statistics_of
+from .data import ToModel, at_scale, global_sum, normalise, pixels, statistics_of
 from .methods import class_weights as checked_weights
 from .methods import flat_settings, not_negative, parse_loss, parse_method, positive
 from .programs import lock_file
@@ -189,11 +189,10 @@ class HalfPrecision(MixedPrecision):
     "fastai's float16 with scaled gradients, whose context ends with every batch, whatever ends that"
     inside = False
     def before_batch(self): super().before_batch(); self.inside = True
-    def after_loss(self): super().after_loss(); self.inside = False
     def leave(self):
-        if self.inside: self.autocast.__exit__(None, None, None)
+        if self.inside: super().after_loss()
         self.inside = False
-    after_batch = after_cancel_batch = leave
+    after_loss = after_batch = after_cancel_batch = leave
 
 # %% ../nbs/31_learner.ipynb #00916177
 class UseQuickAttention(Callback):
@@ -220,7 +219,7 @@ class SeedEpoch(Callback):
     def __init__(self, seed:int=0): self.seed = seed
     def before_epoch(self):
         self.dls.train.dataset.epoch = self.epoch
-        if not self.learn.fitting: return
+        if not self.learn.fitting: return   # a validation on its own draws nothing
         numbers = np.random.SeedSequence((self.seed, self.epoch, rank_distrib()))
         torch.manual_seed(numbers.generate_state(1)[0].item())
 
@@ -274,15 +273,6 @@ class EpochLines(Callback):
     def release(self): self.learn.logger = getattr(self, 'old', self.learn.logger)
 
 # %% ../nbs/31_learner.ipynb #valscale1
-def at_scale(
-    x:Tensor,     # Images, (B, C, H, W)
-    scale:float,  # 1: as they are
-)->Tensor:
-    "Images at `scale` times their size"
-    if scale == 1: return x
-    size = [max(1, round(n*scale)) for n in x.shape[-2:]]
-    return F.interpolate(x, size, mode='bilinear', align_corners=False, antialias=scale < ALIASED_BELOW)
-
 class ValidateAtScale(Callback):
     "Validation images are looked at at `scale` times their size"
     order = ValidateEvery.order
@@ -825,7 +815,8 @@ def check_run(
     path = folder/'state.pt'
     if not path.exists():
         there = [name for name in _written if (folder/name).exists()]
-        if resume and (n := _epochs_kept(folder)) > 1:
+        # one epoch and no result: it was killed before its first state
+        if resume and ((n := _epochs_kept(folder)) > 1 or (folder/'result.json').exists()):
             raise FileExistsError(f"{folder} holds a run of {n} epochs without its state.pt, so it cannot go on: "
                                   "choose another folder (--out)")
         # the files of a first epoch are written before its state

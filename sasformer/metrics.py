@@ -6,7 +6,6 @@
 __all__ = ['to_labels', 'ConfusionMatrix', 'SegmentationMetrics']
 
 # %% ../nbs/30_metrics.ipynb #ed124ebb
-import weakref
 from functools import partial
 from operator import attrgetter
 import torch, torch.nn.functional as F
@@ -155,7 +154,7 @@ def all_reduce(self:ConfusionMatrix)->ConfusionMatrix:
 def _of_group(name, groups, cm): return cm.group_iou(groups)[name]
 
 class _Shared(Metric):
-    "One number of the matrix of a `SegmentationMetrics`; whichever is asked first counts a batch for all"
+    "One number of the matrix of a `SegmentationMetrics`; the first that an epoch asks counts for all"
     def __init__(self, group, name, value=None):
         self.group, self._name, self._value = group, name, value or attrgetter(name)
     @property
@@ -163,7 +162,9 @@ class _Shared(Metric):
     @property
     def value(self): return self._value(self.group.total())
     def reset(self): self.group.reset()
-    def accumulate(self, learn): self.group.count_once(learn)
+    def accumulate(self, learn):
+        if self.group.counting is None: self.group.counting = self
+        if self is self.group.counting: self.group.accumulate(learn)
 
 # %% ../nbs/30_metrics.ipynb #8a50d530
 class SegmentationMetrics:
@@ -178,16 +179,10 @@ class SegmentationMetrics:
         grouped = _checked_groups(groups or {}, n_classes)
         both = ('harmonic',) if {'base', 'novel'} <= grouped.keys() else ()
         self.metrics += [_Shared(self, f'miou_{name}', partial(_of_group, name, grouped)) for name in (*grouped, *both)]
-        self._total, self._counted = None, None   # the last prediction that was counted, if it is still there
+        self._total, self.counting = None, None   # the metric that counts
 
     def __iter__(self): return iter(self.metrics)
-    def reset(self): self.confusion.reset(); self._total = None
-
-    def count_once(self, learn):
-        "Count the learner's batch if it has not been"
-        if self._counted is not None and self._counted() is learn.pred: return
-        self.accumulate(learn)
-        self._counted = weakref.ref(learn.pred)
+    def reset(self): self.confusion.reset(); self._total, self.counting = None, None
 
     def accumulate(self, learn):
         "Count the learner's batch, without the samples that a distributed loader repeats to fill its last batch"

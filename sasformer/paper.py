@@ -6,7 +6,7 @@
 __all__ = ['MINI', 'FULL', 'BASES', 'PUBLISHED', 'SECONDS', 'TABLES', 'MSRC_NOVEL', 'Table', 'cell_recipe', 'table_rows',
            'table_cells', 'table_folder', 'differences', 'migrate_settings', 'migrate_results', 'train_cell',
            'missing_cells', 'run_cells', 'read_results', 'result_table', 'group_table', 'paper_table', 'same_order',
-           'order_sentence', 'draw_sheet', 'png', 'paper_parser', 'full_size_needs', 'main']
+           'order_sentence', 'draw_sheet', 'paper_parser', 'full_size_needs', 'main']
 
 # %% ../nbs/65_paper.ipynb #26b4f1a9
 import argparse, dataclasses, itertools, json, os, shlex, subprocess, sys, time
@@ -209,11 +209,6 @@ TABLES.update(
         base={**_camvid, 'annotation': 'point', 'alpha': 1.2, 'start': 0., **_sasformer}, folder='camvid_switches'))
 
 # %% ../nbs/65_paper.ipynb #afatable
-_cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), norm_features=False, affinity=0.,
-            cam_scales='1,0.5,1.5', size=224, scale_min=.4, scale_max=.65, val_scale=.5, lr=1e-4, head_lr=20.,
-            thresholds='0.55,0.35')
-_mit = dict(model='segformer_mit_b0', last_stride=1, out_indices=None, norm_features=False, cam_scales='1,0.5,1.5',
-            lr=1e-4, head_lr=20., thresholds='0.55,0.35', epochs=10, validate_every=10)
 TABLES['voc_points'] = Table('Part of VOC from human points: a ViT with a linear decoder', {
     'baseline': _baseline,
     'sasformer': _sasformer,
@@ -240,6 +235,13 @@ TABLES['voc_points_448'] = Table('Part of VOC from human points: a ViT at 448 pi
     'masks': dict(annotation='dense', **_baseline)}, 3, folder='voc_points_448',
     note='Never to be compared with numbers on VOC: the images are another choice.',
     base=dict(recipe='voc_subset_point_448', weights='pretrained'))
+
+# %% ../nbs/65_paper.ipynb #bf6fa6f8
+_cnn = dict(model='segformer_tf_efficientnet_lite0', out_indices=(1, 2, 3, 4), norm_features=False, affinity=0.,
+            cam_scales='1,0.5,1.5', size=224, scale_min=.4, scale_max=.65, val_scale=.5, lr=1e-4, head_lr=20.,
+            thresholds='0.55,0.35')
+_mit = dict(model='segformer_mit_b0', last_stride=1, out_indices=None, norm_features=False, cam_scales='1,0.5,1.5',
+            lr=1e-4, head_lr=20., thresholds='0.55,0.35', epochs=10, validate_every=10)
 TABLES['afa_voc'] = Table('Part of VOC from image tags: a ViT with AFA, what it loses, and other labels', {
     'afa': {},
     'no-affinity': dict(affinity=0.),
@@ -670,11 +672,12 @@ def draw_sheet(
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as tmp: fig.savefig(tmp, format='png', bbox_inches='tight')
 
-# %% ../nbs/65_paper.ipynb #16985021
-def png(text):
+# %% ../nbs/65_paper.ipynb #63a5f002
+def _png(text):
     if Path(text).suffix != '.png': raise argparse.ArgumentTypeError(f"{text}: expected a name that ends in .png")
     return Path(text)
 
+# %% ../nbs/65_paper.ipynb #16985021
 def paper_parser():
     p = argparse.ArgumentParser(prog='sasformer_paper', allow_abbrev=False,
                                 description="The tables of the paper and the comparisons beyond it: list, run, show.")
@@ -714,7 +717,7 @@ def paper_parser():
     run.add_argument('--launcher', default=None,
                      help="What starts each cell in several processes, as 'torchrun --standalone --nproc_per_node 4' "
                           "(default: none)")
-    sheet.add_argument('--out', type=png, required=True, help="PNG to write; one that is there is written anew")
+    sheet.add_argument('--out', type=_png, required=True, help="PNG to write; one that is there is written anew")
     cell = sub.add_parser('cell', help="What run starts: train one cell from its folder", allow_abbrev=False,
                           description="Train the cell whose recipe is cell.json in a folder, or go on with it.")
     cell.add_argument('folder', type=Path, help="Folder of the run")

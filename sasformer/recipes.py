@@ -309,6 +309,15 @@ RECIPES = dict(
     tel_cityscapes=dict(_tel_blocks, data='cityscapes', options='sasformer:form=released+tel:sigma=0.002',
                         size=512, width=1024, bs=8, iterations=40_000, lr=.01, wd=5e-4),
     tel_ade20k=dict(_tel_blocks, data='ade20k', size=512, bs=16, iterations=150_000, lr=.02, warmup=1/150),
+    voc_subset_point=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
+                          model='linear_vit_small_patch14_dinov2', size=168, bs=8, epochs=3, lr=2e-5, head_lr=20.,
+                          scale_min=.3, scale_max=.5, val_scale=.4, validate_every=3),
+    voc_subset_point_448=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
+                              model='linear_vit_small_patch14_dinov2', size=448, bs=16, epochs=8, lr=3e-5, head_lr=20.,
+                              scale_min=.75, scale_max=1.5, validate_every=4, num_workers=2))
+
+# %% ../nbs/50_recipes.ipynb #c711e54d
+RECIPES.update(
     afa_voc2012=dict(_afa, data='voc2012', bs=4, iterations=20_000, warmup=.075),
     afa_coco2014=dict(_afa, data='coco2014', bs=8, iterations=80_000, warmup=.01875,
                       options='afa:labels_from=0.0625,propagated_from=0.1875,affinity_label=same,par_iterations=15'),
@@ -323,14 +332,11 @@ RECIPES = dict(
               size=224, bs=8, epochs=20, lr=1e-4, head_lr=20., scale_min=.4, scale_max=.65, val_scale=.5,
               validate_every=5, warmup=.05, num_workers=2, decoder_dim=128, dropout=.1,
               options='afa:affinity=0,labels_from=0.35,propagated_from=0.5,pooling=average'),
-    voc_subset_point=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
-                          model='linear_vit_small_patch14_dinov2', size=168, bs=8, epochs=3, lr=2e-5, head_lr=20.,
-                          scale_min=.3, scale_max=.5, val_scale=.4, validate_every=3),
-    voc_subset_point_448=dict(data='voc2012', annotation='point', options='sasformer:start=0.5+tel:sigma=0.002',
-                              model='linear_vit_small_patch14_dinov2', size=448, bs=16, epochs=8, lr=3e-5, head_lr=20.,
-                              scale_min=.75, scale_max=1.5, validate_every=4, num_workers=2),
     afa_scenes=dict(annotation='tag', method='afa', options='afa:freeze_norms=false', size=96, bs=8, epochs=20, lr=5e-4,
-                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5),
+                    decoder_dim=128, dropout=.1, last_stride=1, validate_every=5))
+
+# %% ../nbs/50_recipes.ipynb #0ca00763
+RECIPES.update(
     **{f'simformer_cocostuff_{i}': dict(_cocostuff, annotation=f'dense:novel=split{i}',
                                         options=_frozen+_taught.get(i, '')) for i in range(1, 10)},
     **{f'simformer_ade20k_{i}': dict(_ade20k, annotation=f'dense:novel=split{i}') for i in range(1, 5)},

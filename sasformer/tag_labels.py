@@ -13,7 +13,8 @@ from .annotations import UNLABELLED, write_label_map
 from .cam import foreground, id_table
 from .data import colours_of
 from .inference import image_tensor
-from .learner import at_scale, load_segmenter
+from .data import at_scale
+from .learner import load_segmenter
 from .methods import STAGES, parse_method
 from .metrics import ConfusionMatrix
 

@@ -262,6 +262,7 @@ def with_novel(
     novel:str,        # Names or ids of classes with commas between them
 )->str:
     "The annotation with these novel classes in place of others"
+    if not novel.strip(): raise ValueError(f"--novel {novel!r}: names no class")
     kind, _, rest = annotation.partition(':')
     options = [o for o in rest.split(',') if o and not o.strip().startswith('novel=')]
     return f"{kind}:{','.join([*options, 'novel='+'+'.join(o.strip() for o in novel.split(','))])}"
@@ -281,8 +282,7 @@ def main(args=None):
     try:
         data = o.get('data', 'scenes').partition(':')[0]
         name = name or (data if data in RECIPES else None)
-        if novel is not None and not novel.strip(): raise ValueError("--novel '': names no class")
-        if novel:
+        if novel is not None:
             annotation = o.get('annotation') or RECIPES.get(name, {}).get('annotation', 'dense')
             o['annotation'] = with_novel(annotation, novel)
         r = recipe(name, **o) if name else Recipe(**o)

@@ -446,6 +446,7 @@ def test_metrics_can_be_dropped_and_added():
     miou, accuracy = measured(learn)[1:3]
     learn.metrics = learn.metrics[1:]
     assert measured(learn)[1] == accuracy and learn.confusion.total().miou == miou
+    assert measured(learn)[1] == accuracy   # each validation counts anew
     learn.metrics = [DiceMulti()]
     learn.metrics = learn.metrics+[JaccardCoeffMulti()]
     assert np.isfinite(measured(learn)).all()
@@ -461,11 +462,11 @@ def test_heads_of_tags_keep_their_pooling(tmp_path):
     assert len(write_tag_labels(model, r.source(), tmp_path/'labels', **options)) == 4   # without affinity, by default
 
 def test_a_methods_own_layers_begin_alike_on_a_model_that_was_given():
-    dls, seen = learner().dls, []
+    dls, seen = learner('tag', 'afa:affinity=0').dls, []
     for drawn in (1, 2):
+        model = create_segmenter('segformer_test_resnet', 6)
         torch.manual_seed(drawn)
-        learn = sparse_learner(dls, create_segmenter('segformer_test_resnet', 6), 'tel', precision='fp32')
-        learn = sparse_learner(learner('tag', 'afa:affinity=0').dls, learn.model, 'afa:affinity=0', precision='fp32')
+        learn = sparse_learner(dls, model, 'afa:affinity=0', precision='fp32')
         seen.append(learn.model.auxiliary['afa'].classify.weight)
     assert torch.equal(*seen)
 
@@ -557,6 +558,9 @@ def test_a_run_without_its_state_is_not_trained_over(tmp_path, capsys):
     (tmp_path/'run/state.pt').unlink()
     said = refused(train.main, [*args, '--epochs', '2', '--resume', '--lr', '1e-4'], capsys)
     assert 'holds a run of 2 epochs without its state.pt' in said
+    (tmp_path/'run/log.csv').write_text(''.join((tmp_path/'run/log.csv').read_text().splitlines(True)[:2]))
+    said = refused(train.main, [*args, '--epochs', '1', '--resume'], capsys)   # one epoch, and done
+    assert 'holds a run of 1 epochs without its state.pt' in said
     assert (tmp_path/'run/best.safetensors').read_bytes() == before
 
 def test_a_run_that_goes_on_elsewhere_remembers_where_its_data_are(tmp_path, capsys):
@@ -600,7 +604,11 @@ def test_labels_of_photographs_do_not_go_among_them(tmp_path, out):
 def test_what_sasformer_bench_and_sasformer_paper_write_over(tmp_path, capsys):
     from sasformer import bench, paper
     (tmp_path/'mine.json').write_text('{"a": 1}')
-    for name, what in (('mine.json', 'is no result of sasformer_bench'), ('codes.txt', 'ends in .json')):
+    (tmp_path/'list.json').write_text('[]')
+    (tmp_path/'broken.json').write_text('{')
+    no_result = 'is no result of sasformer_bench'
+    for name, what in (('mine.json', no_result), ('list.json', no_result), ('broken.json', no_result),
+                       ('codes.txt', 'ends in .json')):
         assert what in refused(bench.main, ['step', '--out', str(tmp_path/name)], capsys)
     for option in ('--steps', '--batch', '--classes', '--threads', '--size'):
         assert f'argument {option}: 0: expected 1 or more' in refused(bench.main, ['step', option, '0'], capsys)
